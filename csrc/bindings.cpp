@@ -1,0 +1,110 @@
+// The only file that knows Python. Tensors arrive as TensorView (see parrot_kernels/native.py), never as torch
+// objects; arguments are checked and outputs allocated by parrot_kernels/ops before they get here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace parrot;
+using Optional = std::optional<TensorView>;
+
+namespace {
+
+TensorView make_view(uintptr_t address, int dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
+    if (size.size() > kMaxDims || size.size() != stride.size()) throw std::invalid_argument("TensorView: bad rank");
+    TensorView view;
+    view.data = reinterpret_cast<void*>(address);
+    view.dtype = static_cast<DType>(dtype);
+    view.ndim = static_cast<int>(size.size());
+    for (size_t i = 0; i < size.size(); ++i) {
+        view.size[i] = size[i];
+        view.stride[i] = stride[i];
+    }
+    return view;
+}
+
+TensorView given(const Optional& view) { return view.value_or(TensorView{}); }
+
+CostKind cost_kind(const std::string& name) {
+    if (name == "euclidean") return CostKind::euclidean;
+    if (name == "sqeuclidean") return CostKind::sqeuclidean;
+    if (name == "cosine") return CostKind::cosine;
+    if (name == "matrix") return CostKind::matrix;
+    throw std::invalid_argument("unknown cost " + name);
+}
+
+void bind_sinkhorn_hadamard(py::module_& m) {
+    m.def(
+        "sinkhorn_hadamard_forward",
+        [](TensorView x, TensorView y, Optional a, Optional b, Optional x_lengths, Optional y_lengths,
+           Optional cost_matrix, TensorView eps, const std::string& cost, std::optional<double> cost_scale, int n_iters,
+           std::optional<double> tol, std::optional<double> rho_x, std::optional<double> rho_y, TensorView x_to_y,
+           TensorView y_to_x, TensorView x_hadamard, TensorView y_hadamard, TensorView f, TensorView g, Optional plan,
+           TensorView transport_cost, TensorView error, TensorView iterations, TensorView converged, TensorView scale,
+           Optional f_history, Optional g_history, int num_threads) {
+            constexpr double infinity = std::numeric_limits<double>::infinity();
+            SinkhornHadamardForward p;
+            p.x = x, p.y = y, p.a = given(a), p.b = given(b);
+            p.x_lengths = given(x_lengths), p.y_lengths = given(y_lengths);
+            p.cost_matrix = given(cost_matrix), p.eps = eps;
+            p.cost = cost_kind(cost), p.cost_scale = cost_scale.value_or(0.0);
+            p.n_iters = n_iters, p.tol = tol.value_or(-1.0);
+            p.rho_x = rho_x.value_or(infinity), p.rho_y = rho_y.value_or(infinity);
+            p.x_to_y = x_to_y, p.y_to_x = y_to_x, p.x_hadamard = x_hadamard, p.y_hadamard = y_hadamard;
+            p.f = f, p.g = g, p.plan = given(plan), p.transport_cost = transport_cost, p.error = error;
+            p.iterations = iterations, p.converged = converged, p.scale = scale;
+            p.f_history = given(f_history), p.g_history = given(g_history);
+            p.num_threads = num_threads;
+            py::gil_scoped_release release;
+            cpu::sinkhorn_hadamard_forward(p);
+        },
+        py::kw_only(), py::arg("x"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("x_lengths"),
+        py::arg("y_lengths"), py::arg("cost_matrix"), py::arg("eps"), py::arg("cost"), py::arg("cost_scale"),
+        py::arg("n_iters"), py::arg("tol"), py::arg("rho_x"), py::arg("rho_y"), py::arg("x_to_y"), py::arg("y_to_x"),
+        py::arg("x_hadamard"), py::arg("y_hadamard"), py::arg("f"), py::arg("g"), py::arg("plan"),
+        py::arg("transport_cost"), py::arg("error"), py::arg("iterations"), py::arg("converged"), py::arg("scale"),
+        py::arg("f_history"), py::arg("g_history"), py::arg("num_threads"));
+}
+
+#ifdef PARROT_WITH_CUDA
+void bind_selective_scan(py::module_& m) {
+    m.def(
+        "selective_scan_forward_cuda",
+        [](TensorView u, TensorView delta, TensorView A, TensorView B, TensorView C, Optional D, Optional z,
+           Optional delta_bias, bool delta_softplus, bool reverse, Optional lengths, Optional seq_idx,
+           Optional initial_state, TensorView out, TensorView final_state, uintptr_t stream) {
+            SelectiveScanForward p;
+            p.u = u, p.delta = delta, p.A = A, p.B = B, p.C = C, p.D = given(D), p.z = given(z);
+            p.delta_bias = given(delta_bias), p.lengths = given(lengths), p.seq_idx = given(seq_idx);
+            p.initial_state = given(initial_state), p.delta_softplus = delta_softplus, p.reverse = reverse;
+            p.out = out, p.final_state = final_state, p.stream = reinterpret_cast<void*>(stream);
+            const char* failure = cuda::selective_scan_forward(p);
+            if (failure) throw std::runtime_error(std::string("selective_scan (cuda): ") + failure);
+        },
+        py::kw_only(), py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"),
+        py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("reverse"), py::arg("lengths"),
+        py::arg("seq_idx"), py::arg("initial_state"), py::arg("out"), py::arg("final_state"), py::arg("stream"));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled kernels of parrot_kernels; call them through parrot_kernels.ops.";
+    py::class_<TensorView>(m, "TensorView").def(py::init(&make_view));
+    m.attr("isa") = cpu::isa();
+    bind_sinkhorn_hadamard(m);
+#ifdef PARROT_WITH_CUDA
+    m.attr("has_cuda") = true;
+    bind_selective_scan(m);
+#else
+    m.attr("has_cuda") = false;
+#endif
+}

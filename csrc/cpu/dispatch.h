@@ -1,0 +1,28 @@
+// One source, several instruction sets: each CPU kernel is compiled once per entry of PARROT_CPU_ISAS into its
+// own namespace, and dispatch.cpp picks the best one the processor has, once.
+#pragma once
+
+#include "selective_scan.h"
+#include "sinkhorn_hadamard.h"
+
+// Every CPU kernel: X(function, parameter struct).
+#define PARROT_CPU_KERNELS(X) \
+    X(sinkhorn_hadamard_forward, SinkhornHadamardForward)
+
+namespace parrot {
+
+#define PARROT_DECLARE(function, Params)                     \
+    namespace v4 { void function(const Params& params); }    \
+    namespace v3 { void function(const Params& params); }    \
+    namespace v2 { void function(const Params& params); }    \
+    namespace cpu { void function(const Params& params); }
+PARROT_CPU_KERNELS(PARROT_DECLARE)
+#undef PARROT_DECLARE
+
+namespace cpu {
+// The instruction set in use: "v4" (AVX-512), "v3" (AVX2 and FMA), "v2" (SSE4.2, or the base set of another
+// architecture). PARROT_CPU_ISA=v2|v3|v4 in the environment asks for a lower one.
+const char* isa();
+}  // namespace cpu
+
+}  // namespace parrot

@@ -1,0 +1,27 @@
+// Parameters of the Sinkhorn-Hadamard kernels. Shapes and meaning: parrot_kernels/ops/sinkhorn_hadamard.py.
+#pragma once
+
+#include <limits>
+
+#include "tensor_view.h"
+
+namespace parrot {
+
+enum class CostKind : int { euclidean = 0, sqeuclidean = 1, cosine = 2, matrix = 3 };
+
+struct SinkhornHadamardForward {
+    // Inputs: x (B,N,D), y (B,M,D); weights, lengths and the cost matrix (B,N,M) may be absent; eps (B,).
+    TensorView x, y, a, b, x_lengths, y_lengths, cost_matrix, eps;
+    CostKind cost = CostKind::euclidean;
+    double cost_scale = 0.0;  // 0: divide by the largest valid cost of the problem
+    int n_iters = 50;
+    double tol = -1.0;  // negative: always run n_iters
+    double rho_x = std::numeric_limits<double>::infinity();  // infinity: balanced
+    double rho_y = std::numeric_limits<double>::infinity();
+    // Outputs, preallocated; plan and the histories may be absent.
+    TensorView x_to_y, y_to_x, x_hadamard, y_hadamard, f, g, plan;
+    TensorView transport_cost, error, iterations, converged, scale, f_history, g_history;
+    int num_threads = 1;
+};
+
+}  // namespace parrot

@@ -1,0 +1,83 @@
+"""Errors that say which argument is wrong, what was wanted, what was got and how to fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def error(
+    op: str, argument: str, wanted: str, got: object, fix: str = "", kind: type[Exception] = ValueError
+) -> Exception:
+    """Build (not raise) the exception for a bad argument, so that call sites read ``raise checks.error(...)``."""
+    return kind(f"{op}: `{argument}` must be {wanted}; got {got}." + (f" {fix}" if fix else ""))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which states and potentials are kept: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensor(
+    op: str,
+    argument: str,
+    value: object,
+    *,
+    shape: Sequence[int | str] | None = None,
+    like: Tensor | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    sizes: dict[str, int] | None = None,
+) -> None:
+    """Check a tensor argument.
+
+    Args:
+        shape: the wanted shape; a string names a dimension, whose size is looked up in ``sizes`` and stored
+            there when first met. Negative or missing information is never guessed.
+        like: a tensor whose device this one must share.
+        dtypes: the accepted dtypes.
+        sizes: the named dimensions seen so far (mutated).
+    """
+    if not isinstance(value, Tensor):
+        raise error(op, argument, "a torch.Tensor", type(value).__name__, kind=TypeError)
+    if dtypes is not None and value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(value.dtype).removeprefix("torch.")
+        raise error(op, argument, f"of dtype {names}", got, f"Convert it, for example with .to({dtypes[0]}).", TypeError)
+    if like is not None and value.device != like.device:
+        raise error(
+            op, argument, f"on {like.device}, as the first input", value.device, f'Move it with .to("{like.device}").'
+        )
+    if shape is not None:
+        sizes = {} if sizes is None else sizes
+        wanted = [sizes.get(s, s) if isinstance(s, str) else s for s in shape]
+        fits = value.dim() == len(shape) and all(
+            isinstance(w, str) or g == w for g, w in zip(value.shape, wanted, strict=True)
+        )
+        if not fits:
+            names = ", ".join(str(s) for s in shape)
+            known = {s: sizes[s] for s in shape if isinstance(s, str) and s in sizes}
+            where = " with " + ", ".join(f"{k} = {v}" for k, v in known.items()) if known else ""
+            raise error(op, argument, f"of shape ({names}){where}", tuple(value.shape))
+        for name, size in zip(shape, value.shape, strict=True):
+            if isinstance(name, str):
+                sizes[name] = size
+
+
+def choice(op: str, argument: str, value: object, options: Sequence[object]) -> None:
+    """Check that ``value`` is one of ``options``."""
+    if value not in options:
+        raise error(op, argument, "one of " + ", ".join(repr(o) for o in options), repr(value))
+
+
+def lengths_in_range(op: str, argument: str, lengths: Tensor | None, limit: int) -> None:
+    """Check the values of a lengths tensor; on a CUDA device they are not read (that would synchronise)."""
+    if lengths is None or lengths.device.type != "cpu" or lengths.numel() == 0:
+        return
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or high > limit:
+        raise error(op, argument, f"between 0 and {limit}", f"values from {low} to {high}")

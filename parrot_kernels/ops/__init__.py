@@ -1,0 +1,1 @@
+"""The operators: argument checks, torch.library registration and gradients, one file per op."""

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers (no autograd): same file names as in `ops` and `reference`."""
