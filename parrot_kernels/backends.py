@@ -96,7 +96,9 @@ def select(
     if requested is not None:
         checks.choice(op, "backend", requested, (None, *NAMES))
         if (why := reason(requested)) is not None:
-            raise RuntimeError(f"{op}: backend={requested!r} can't serve this call: {why}. Leave `backend` out to let one be chosen.")
+            raise RuntimeError(
+                f"{op}: backend={requested!r} can't serve this call: {why}. Leave `backend` out to let one be chosen."
+            )
         return requested
     preference = PREFERENCE.get(device_type, ("torch",))
     reasons = {}

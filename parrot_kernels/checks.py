@@ -47,7 +47,9 @@ def tensor(
     if dtypes is not None and value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         got = str(value.dtype).removeprefix("torch.")
-        raise error(op, argument, f"of dtype {names}", got, f"Convert it, for example with .to({dtypes[0]}).", TypeError)
+        raise error(
+            op, argument, f"of dtype {names}", got, f"Convert it, for example with .to({dtypes[0]}).", TypeError
+        )
     if like is not None and value.device != like.device:
         raise error(
             op, argument, f"on {like.device}, as the first input", value.device, f'Move it with .to("{like.device}").'

@@ -50,10 +50,10 @@ def why_missing(device_type: str = "cpu") -> str | None:
     """None if the extension serves this kind of device, else the reason with the remedy."""
     extension, reason = _load()
     if extension is None:
-        return f"{reason}. Install g++ (or clang++) and reinstall parrot-kernels."
+        return f"{reason}; install g++ (or clang++) and reinstall parrot-kernels"
     if device_type == "cuda" and not extension.has_cuda:
         reason = build_info().get("cuda_reason", "it was built without CUDA")
-        return f"the compiled extension has no CUDA kernels: {reason}. Reinstall with nvcc and PARROT_BUILD_CUDA=1."
+        return f"the compiled extension has no CUDA kernels: {reason}; reinstall with nvcc and PARROT_BUILD_CUDA=1"
     return None
 
 
