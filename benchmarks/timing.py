@@ -1,0 +1,44 @@
+"""Timing that is fair on a noisy machine: every provider of a case takes its turn in each round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+Work = Callable[[], object]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def once(work: Work, device: str, repeats: int = 1) -> float:
+    """Seconds of one call, averaged over ``repeats`` calls in a row."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def interleaved(works: dict[str, Work], device: str, seconds: float = 1.0, rounds: int = 40) -> dict[str, np.ndarray]:
+    """Sample every work in turn, ``rounds`` times or until each has had about ``seconds``; at least 3 rounds.
+
+    A short work is repeated within its turn so that a sample lasts about 2 ms at least.
+    """
+    first = {}
+    for name, work in works.items():
+        work()  # warm-up: compilation, page faults, thread pools
+        first[name] = once(work, device)
+    repeats = {name: max(1, min(1000, int(2e-3 / max(t, 1e-7)))) for name, t in first.items()}
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for index in range(rounds):
+        for name, work in works.items():
+            if index < 3 or sum(samples[name]) * repeats[name] < seconds:
+                samples[name].append(once(work, device, repeats[name]))
+    return {name: np.asarray(values) for name, values in samples.items()}
