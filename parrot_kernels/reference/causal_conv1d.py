@@ -45,7 +45,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
+    silu: bool,
     reverse: bool,
     lengths: Tensor | None,
     seq_idx: Tensor | None,
@@ -58,7 +58,7 @@ def forward(
         x,
         weight,
         bias,
-        activation,
+        "silu" if silu else None,
         reverse=reverse,
         lengths=lengths,
         seq_idx=seq_idx,
@@ -75,7 +75,7 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
+    silu: bool,
     reverse: bool,
     lengths: Tensor | None,
     seq_idx: Tensor | None,
@@ -92,7 +92,7 @@ def backward(
     dpre = torch.zeros(x.shape, dtype=line.dtype, device=x.device)
     if grad_out is not None:
         dpre = line.order(grad_out.to(line.dtype))
-        if activation is not None:
+        if silu:
             pre = line.convolve(extended, weight, bias)
             sigmoid = torch.sigmoid(pre)
             dpre = dpre * sigmoid * (1 + pre * (1 - sigmoid))
@@ -121,7 +121,8 @@ class _Line:
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.order = ScanOrder(self.batch, self.length, lengths, reverse, x.device)
         ends = x.new_full((self.batch,), self.length, dtype=torch.long) if lengths is None else lengths.long()
-        self.final = ends.unsqueeze(1) + torch.arange(width - 1, device=x.device)  # (B, W-1): where the final state lies
+        # (B, W-1): where the final state lies
+        self.final = ends.unsqueeze(1) + torch.arange(width - 1, device=x.device)
         self.ids = self.final_foreign = None
         if seq_idx is not None and self.length > 0:
             ids = self.order(seq_idx)

@@ -1,0 +1,410 @@
+"""Selective scan: checks, registration with torch.library, gradients and the choice of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends, checks, native
+from ..reference import selective_scan as reference
+
+OP = "selective_scan"
+CHUNK_SIZE = 32  # steps between two states kept for the backward: N / 32 of the size of u
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective state-space recurrence of Mamba-1 (Gu and Dao 2023, arXiv 2312.00752, section 3.2).
+
+    With dt = softplus(delta + delta_bias) (``delta_softplus``) or delta + delta_bias, for every channel d::
+
+        h_t = exp(dt_t A_d) h_{t-1} + dt_t B_t u_t
+        out_t = (<C_t, h_t> + D_d u_t) * silu(z_t)
+
+    Sizes below: batch b, channels d, steps l, states n, groups g (d is a multiple of g; group i serves the
+    channels from i*d/g on).
+
+    Args:
+        u: input (b, d, l); fp32, fp64, fp16 or bf16. States and sums are kept in fp32, for fp64 in fp64
+            (the compute dtype). Any strides: channels-last and sliced tensors are read in place.
+        delta: step size (b, d, l), dtype of u.
+        A: (d, n), real. A, D, delta_bias, initial_state and constant B, C may have any floating dtype and are
+            converted to the compute dtype.
+        B, C: constant (d, n), or per step (b, n, l) or (b, g, n, l) in the dtype of u.
+        D: skip connection (d,).
+        z: gate (b, d, l), dtype of u.
+        delta_bias: (d,).
+        delta_softplus: apply softplus to delta + delta_bias.
+        reverse: run from the last valid step to the first.
+        lengths: valid steps of each sequence (b,), int32 or int64, 0 <= lengths <= l. At the other steps the output
+            is 0 and every gradient exactly 0, whatever the inputs hold there. Values are checked on CPU tensors only.
+        seq_idx: (b, l), int32 or int64: the state restarts from zero where it differs from the step before (in scan
+            order), so that packed sequences do not meet.
+        initial_state: state before the first step (b, d, n); zero by default.
+        return_final_state: return the state after the last valid step too (the initial one if there is none).
+        backend: "cpu", "cuda", "triton" or "torch"; by default chosen by device.
+
+    Returns:
+        out (b, d, l) in the dtype of u; with ``return_final_state`` also the final state (b, d, n) in the compute
+        dtype, so that a sequence can be run in pieces.
+
+    Gradients reach every floating input, from both outputs. Memory kept for the backward: the inputs and n / 32 of
+    the size of u in the compute dtype. Differentiating twice raises RuntimeError.
+
+    Raises:
+        ValueError: a shape, a device, or a length out of range.
+        TypeError: a dtype; complex A.
+        RuntimeError: the backend asked for can't serve this call.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state)
+    dtype = checks.compute_dtype(u.dtype)
+    A, D, delta_bias, initial_state = (_cast(t, dtype) for t in (A, D, delta_bias, initial_state))
+    B, C = (_cast(t, dtype) if t.dim() == 2 else t for t in (B, C))
+    lengths, seq_idx = _cast(lengths, torch.int32), _cast(seq_idx, torch.int32)
+    differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    out, final_state, _ = _forward(
+        u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state, delta_softplus, reverse, keep, backend
+    )
+    return (out, final_state) if return_final_state else out
+
+
+def selective_state_update(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of `selective_scan`, for generation token by token.
+
+    Args:
+        state: (b, d, n), any floating dtype; computed in the compute dtype of u.
+        u, delta, z: (b, d).
+        A: (d, n), real.
+        B, C: (b, n) or (b, g, n).
+        D, delta_bias: (d,).
+        delta_softplus: apply softplus to delta + delta_bias.
+
+    Returns:
+        out (b, d) in the dtype of u and the new state in the dtype of ``state``, which itself is left as it was.
+        Both are differentiable.
+
+    Raises:
+        ValueError, TypeError: as `selective_scan`.
+    """
+    op, sizes = "selective_state_update", {}
+    checks.tensor(op, "u", u, shape=("b", "d"), dtypes=checks.FLOATS, sizes=sizes)
+    checks.tensor(op, "delta", delta, shape=("b", "d"), like=u, dtypes=(u.dtype,), sizes=sizes)
+    _check_A(op, A, u, sizes)
+    checks.tensor(op, "state", state, shape=("b", "d", "n"), like=u, dtypes=checks.FLOATS, sizes=sizes)
+    for name, matrix in (("B", B), ("C", C)):
+        _check_matrix(op, name, matrix, u, sizes, {2: ("b", "n"), 3: ("b", f"groups of {name}", "n")})
+    for name, vector in (("D", D), ("delta_bias", delta_bias)):
+        if vector is not None:
+            checks.tensor(op, name, vector, shape=("d",), like=u, dtypes=checks.FLOATS, sizes=sizes)
+    if z is not None:
+        checks.tensor(op, "z", z, shape=("b", "d"), like=u, dtypes=(u.dtype,), sizes=sizes)
+
+    dtype = checks.compute_dtype(u.dtype)
+    x, dt, A, B, C, D, gate, bias, h = (_cast(t, dtype) for t in (u, delta, A, B, C, D, z, delta_bias, state))
+    if bias is not None:
+        dt = dt + bias
+    if delta_softplus:
+        dt = F.softplus(dt)
+    B, C = (_spread(t, u.shape[1]) for t in (B, C))
+    new_state = torch.exp(dt.unsqueeze(-1) * A) * h + (dt * x).unsqueeze(-1) * B
+    y = (new_state * C).sum(-1)
+    if D is not None:
+        y = y + D * x
+    if gate is not None:
+        y = y * F.silu(gate)
+    return y.to(u.dtype), new_state.to(state.dtype)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _spread(matrix: Tensor, dim: int) -> Tensor:
+    """(b, n) or (b, g, n) to what broadcasts against (b, d, n)."""
+    if matrix.dim() == 2:
+        return matrix.unsqueeze(1)
+    return matrix.repeat_interleave(dim // matrix.shape[1], 1)
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    sizes: dict[str, int] = {}
+    checks.tensor(OP, "u", u, shape=("b", "d", "l"), dtypes=checks.FLOATS, sizes=sizes)
+    checks.tensor(OP, "delta", delta, shape=("b", "d", "l"), like=u, dtypes=(u.dtype,), sizes=sizes)
+    _check_A(OP, A, u, sizes)
+    for name, matrix in (("B", B), ("C", C)):
+        groups = f"groups of {name}"
+        _check_matrix(OP, name, matrix, u, sizes, {2: ("d", "n"), 3: ("b", "n", "l"), 4: ("b", groups, "n", "l")})
+    if D is not None:
+        checks.tensor(OP, "D", D, shape=("d",), like=u, dtypes=checks.FLOATS, sizes=sizes)
+    if z is not None:
+        checks.tensor(OP, "z", z, shape=("b", "d", "l"), like=u, dtypes=(u.dtype,), sizes=sizes)
+    if delta_bias is not None:
+        checks.tensor(OP, "delta_bias", delta_bias, shape=("d",), like=u, dtypes=checks.FLOATS, sizes=sizes)
+    if lengths is not None:
+        checks.tensor(OP, "lengths", lengths, shape=("b",), like=u, dtypes=checks.INTEGERS, sizes=sizes)
+    if seq_idx is not None:
+        checks.tensor(OP, "seq_idx", seq_idx, shape=("b", "l"), like=u, dtypes=checks.INTEGERS, sizes=sizes)
+    if initial_state is not None:
+        shape = ("b", "d", "n")
+        checks.tensor(OP, "initial_state", initial_state, shape=shape, like=u, dtypes=checks.FLOATS, sizes=sizes)
+
+
+def _check_A(op: str, A: Tensor, u: Tensor, sizes: dict[str, int]) -> None:
+    if isinstance(A, Tensor) and A.is_complex():
+        fix = "Complex state matrices (S4D-Lin and the like) are not supported; Mamba-1 models use real ones."
+        raise checks.error(op, "A", "real", str(A.dtype).removeprefix("torch."), fix, TypeError)
+    checks.tensor(op, "A", A, shape=("d", "n"), like=u, dtypes=checks.FLOATS, sizes=sizes)
+
+
+def _check_matrix(
+    op: str, name: str, matrix: Tensor, u: Tensor, sizes: dict[str, int], shapes: dict[int, tuple[str, ...]]
+) -> None:
+    """Check B or C: its shape among ``shapes`` by dimension, its dtype, and that its groups divide the channels."""
+    if not isinstance(matrix, Tensor):
+        raise checks.error(op, name, "a torch.Tensor", type(matrix).__name__, kind=TypeError)
+    if matrix.dim() not in shapes:
+        wanted = " or ".join(f"({', '.join(shape)})" for shape in shapes.values())
+        raise checks.error(op, name, f"of shape {wanted}", tuple(matrix.shape))
+    shape = shapes[matrix.dim()]
+    dtypes = checks.FLOATS if shape == ("d", "n") else (u.dtype,)
+    checks.tensor(op, name, matrix, shape=shape, like=u, dtypes=dtypes, sizes=sizes)
+    groups = f"groups of {name}"
+    if groups in shape and (sizes[groups] == 0 or sizes["d"] % sizes[groups] != 0):
+        raise checks.error(op, name, f"in groups that divide d = {sizes['d']}", f"{sizes[groups]} groups")
+
+
+class Kernels(NamedTuple):
+    """A backend's launchers; keywords as in `reference.selective_scan`."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+    checkpoints: bool  # whether the forward writes the states that the backward starts from
+
+
+def _cuda_forward(*, chunk_size: int, checkpoints: Tensor | None, **arguments: Any) -> None:
+    del chunk_size, checkpoints  # this kernel keeps none
+    native.call_cuda("selective_scan_forward_cuda", arguments["u"].device, **arguments)
+
+
+KERNELS = {  # a backend that has no backward of its own yet borrows the reference's
+    "torch": Kernels(reference.forward, reference.backward, checkpoints=True),
+    "cuda": Kernels(_cuda_forward, reference.backward, checkpoints=False),
+}
+
+
+def _kernels(u: Tensor, backend: str | None) -> Kernels:
+    return KERNELS[backends.select(OP, u.device.type, u.dtype, backend)]
+
+
+def _allocate(u: Tensor, A: Tensor, keep: bool, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """out, final_state and checkpoints (of no chunk when none are kept)."""
+    (batch, dim, length), states, dtype = u.shape, A.shape[1], checks.compute_dtype(u.dtype)
+    chunks = -(-length // CHUNK_SIZE) if keep and _kernels(u, backend).checkpoints else 0
+    final_state = u.new_empty(batch, dim, states, dtype=dtype)
+    return torch.empty_like(u), final_state, u.new_empty(batch, chunks, dim, states, dtype=dtype)
+
+
+@torch.library.custom_op("parrot_kernels::selective_scan_forward", mutates_args=())
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    keep: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.lengths_in_range(OP, "lengths", lengths, u.shape[2])
+    out, final_state, checkpoints = _allocate(u, A, keep, backend)
+    _kernels(u, backend).forward(
+        u=u,
+        delta=delta,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        reverse=reverse,
+        lengths=lengths,
+        seq_idx=seq_idx,
+        initial_state=initial_state,
+        chunk_size=CHUNK_SIZE,
+        out=out,
+        final_state=final_state,
+        checkpoints=checkpoints if checkpoints.shape[1] else None,
+    )
+    return out, final_state, checkpoints
+
+
+@_forward.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state, delta_softplus, reverse, keep, backend):
+    return _allocate(u, A, keep, backend)
+
+
+def _allocate_gradients(inputs: list[Tensor | None]) -> list[Tensor]:
+    """One gradient per input; an input that was not given gets an empty tensor, ops return no None."""
+    like = next(t for t in inputs if t is not None)
+    return [like.new_empty(0) if t is None else torch.empty_like(t) for t in inputs]
+
+
+@torch.library.custom_op("parrot_kernels::selective_scan_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor | None,
+    grad_final_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    checkpoints: Tensor,
+    delta_softplus: bool,
+    reverse: bool,
+    backend: str | None,
+) -> list[Tensor]:
+    inputs = [u, delta, A, B, C, D, z, delta_bias, initial_state]
+    gradients = _allocate_gradients(inputs)
+    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = (
+        None if t is None else g for t, g in zip(inputs, gradients, strict=True)
+    )
+    _kernels(u, backend).backward(
+        grad_out=grad_out,
+        grad_final_state=grad_final_state,
+        u=u,
+        delta=delta,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        reverse=reverse,
+        lengths=lengths,
+        seq_idx=seq_idx,
+        initial_state=initial_state,
+        chunk_size=CHUNK_SIZE,
+        checkpoints=checkpoints if checkpoints.shape[1] else None,
+        du=du,
+        ddelta=ddelta,
+        dA=dA,
+        dB=dB,
+        dC=dC,
+        dD=dD,
+        dz=dz,
+        ddelta_bias=ddelta_bias,
+        dinitial_state=dinitial_state,
+    )
+    return gradients
+
+
+@_backward.register_fake
+def _(
+    grad_out,
+    grad_final_state,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    lengths,
+    seq_idx,
+    initial_state,
+    checkpoints,
+    delta_softplus,
+    reverse,
+    backend,
+):
+    return _allocate_gradients([u, delta, A, B, C, D, z, delta_bias, initial_state])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, delta_softplus, reverse, _, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.options = delta_softplus, reverse, backend
+
+
+def _autograd(ctx, grad_out, grad_final_state, _):
+    *tensors, lengths, seq_idx, initial_state, checkpoints = ctx.saved_tensors
+    gradients = _backward(
+        grad_out, grad_final_state, *tensors, lengths, seq_idx, initial_state, checkpoints, *ctx.options
+    )
+    *gradients, dinitial_state = (
+        g if t is not None else None for t, g in zip((*tensors, initial_state), gradients, strict=True)
+    )
+    return (*gradients, None, None, dinitial_state, None, None, None, None)
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError(
+        f"{OP}: differentiating twice is not supported. Detach what the second derivative need not pass through, or "
+        "use parrot_kernels.reference.selective_scan.selective_scan, which autograd goes through."
+    )
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+_backward.register_autograd(_no_double_backward)
