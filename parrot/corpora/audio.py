@@ -1,0 +1,84 @@
+"""Reading speech: any file that libsndfile reads, as mono float32 at the rate an encoder wants."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class AudioError(ValueError):
+    """A recording can't be used; ``reason`` says why."""
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        self.path, self.reason = Path(path), reason
+        super().__init__(f"{path}: {reason}")
+
+
+def load_waveform(path: str | os.PathLike, sample_rate: int, min_samples: int = 1) -> np.ndarray:
+    """Read a recording as mono float32 samples in [-1, 1], as decoded: no gain, no trimming.
+
+    Channels are averaged. Other rates are resampled with SciPy's polyphase filter (`resample_poly`: linear
+    phase, the same samples on every run, and SciPy is installed anyway).
+
+    Args:
+        path: WAV, FLAC, OGG, MP3 or another format of libsndfile.
+        sample_rate: wanted rate in Hz.
+        min_samples: the least number of samples, at ``sample_rate``, that the caller can use.
+
+    Returns:
+        Samples (n,) float32, n >= ``min_samples``.
+
+    Raises:
+        AudioError: the file is missing, unreadable, a Git LFS pointer, empty, silent, too short, or holds
+            values that are not finite.
+    """
+    return decode_waveform(read_audio_file(path), path, sample_rate, min_samples)
+
+
+def read_audio_file(path: str | os.PathLike) -> bytes:
+    """A file's content, undecoded; raises `AudioError` if it can't be had."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise AudioError(path, "no such file") from None
+    except OSError as error:
+        raise AudioError(path, f"unreadable: {error.strerror or error}") from None
+
+
+def decode_waveform(data: bytes, path: str | os.PathLike, sample_rate: int, min_samples: int = 1) -> np.ndarray:
+    """`load_waveform` for a file's content; ``path`` names it in errors."""
+    import soundfile
+
+    if not data:
+        raise AudioError(path, "empty file (0 bytes)")
+    if data.startswith(_LFS_POINTER):
+        raise AudioError(path, "a Git LFS pointer, not the recording: run 'git lfs pull' in the corpus folder")
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(path, f"not a readable audio file: {error.error_string}") from None
+    samples = samples.mean(axis=1)
+    if not samples.size:
+        raise AudioError(path, "empty recording (0 samples)")
+    if not np.isfinite(samples).all():
+        raise AudioError(path, "holds values that are not finite")
+    if not samples.any():
+        raise AudioError(path, f"silent: all {samples.size} samples are zero")
+    if rate != sample_rate:
+        samples = _resample(samples, rate, sample_rate)
+    if samples.size < min_samples:
+        raise AudioError(path, f"too short: {samples.size} samples at {sample_rate} Hz, wanted at least {min_samples}")
+    return samples
+
+
+def _resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    from scipy.signal import resample_poly
+
+    divisor = math.gcd(rate, wanted)
+    return resample_poly(samples, wanted // divisor, rate // divisor).astype(np.float32, copy=False)
