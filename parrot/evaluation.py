@@ -1,0 +1,316 @@
+"""Metrics, and cross-validation of several systems over folds: parallel, resumable, reproducible.
+
+Every (system, fold) is one training run of its own seed, stored under a key made of all that determines it, so a
+run that was killed goes on where it stopped and one with nothing new to do trains nothing. A run computes on one
+CPU thread; runs go to worker processes, and any number of workers gives the same figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from parrot.files import write_atomically
+from parrot.training import TrainingConfig, TrainingResult, reproducible, train
+
+if TYPE_CHECKING:
+    from parrot.corpora.splits import Fold
+
+METRICS = ("wa", "ua", "macro_f1")
+FORMAT = 1  # of stored results; raise it when a change to training makes them out of date
+
+Build = Callable[[str, Sequence[int], int], nn.Module]
+
+
+def metrics(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """WA (accuracy), UA (balanced accuracy: the mean recall over the classes present) and macro-F1, in [0, 1]."""
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+
+    if len(labels) == 0 or len(labels) != len(predictions):
+        raise ValueError(
+            f"metrics: `labels` and `predictions` must be equally long and not empty; "
+            f"got {len(labels)} and {len(predictions)}."
+        )
+    with warnings.catch_warnings():  # a class may be predicted that a small test set does not hold
+        warnings.simplefilter("ignore", UserWarning)
+        return {
+            "wa": float(accuracy_score(labels, predictions)),
+            "ua": float(balanced_accuracy_score(labels, predictions)),
+            "macro_f1": float(f1_score(labels, predictions, average="macro")),
+        }
+
+
+@dataclass
+class FoldResult:
+    """One system trained and tested on one fold; ``rows`` and ``labels`` are those of the test part, (n_test,)."""
+
+    fold: int
+    rows: np.ndarray
+    labels: np.ndarray
+    training: TrainingResult
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return metrics(self.labels, self.training.predictions)
+
+
+@dataclass
+class CrossValidation:
+    """The results of all systems over all folds, and what they were made with."""
+
+    systems: dict[str, list[FoldResult]]
+    label_names: tuple[str, ...]
+    config: TrainingConfig
+    seed: int
+    fold_sizes: list[dict[str, int]]
+    reused: int
+
+    def summary(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """system -> metric -> {"mean", "std" (population, over folds), "folds" (values)}."""
+        table: dict[str, dict[str, dict[str, Any]]] = {}
+        for system, results in self.systems.items():
+            per_fold = [result.metrics for result in results]
+            table[system] = {}
+            for name in METRICS:
+                values = [fold[name] for fold in per_fold]
+                table[system][name] = {"mean": float(np.mean(values)), "std": float(np.std(values)), "folds": values}
+        return table
+
+    def confusion(self, system: str) -> np.ndarray:
+        """(n_classes, n_classes) counts over all folds' test parts; rows are true classes, columns predictions."""
+        counts = np.zeros((len(self.label_names),) * 2, dtype=np.int64)
+        for result in self.systems[system]:
+            np.add.at(counts, (result.labels, result.training.predictions), 1)
+        return counts
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that the training runs of one cross-validation share."""
+
+    features: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    n_classes: int
+    folds: tuple[Fold, ...]
+    config: TrainingConfig
+    seed: int
+    build: Build
+
+    def model(self, system: str, fold: int) -> nn.Module:
+        """The system's model, initialised from the fold's seed."""
+        with reproducible(self.seed_of(fold), torch.device("cpu")):
+            return self.build(system, [f.shape[1] for f in self.features], self.n_classes)
+
+    def seed_of(self, fold: int) -> int:
+        return self.seed * 100 + self.folds[fold].index
+
+    def fit(self, system: str, fold: int) -> tuple[nn.Module, TrainingResult]:
+        """Initialise and train one system on one fold."""
+        model = self.model(system, fold)
+        return model, train(model, self.features, self.labels, self.folds[fold], self.config, self.seed_of(fold))
+
+    def key(self, system: str, fold: int, initial: str) -> str:
+        """Hash of what determines the result: data, parts, protocol, seed, initial model, torch and the device."""
+        device = self.config.resolved_device()
+        facts = {
+            "format": FORMAT,
+            "system": system,
+            "model": initial,
+            "features": [digest(f) for f in self.features],
+            "labels": digest(self.labels),
+            "n_classes": self.n_classes,
+            "parts": [digest(np.asarray(getattr(self.folds[fold], p))) for p in ("train", "validation", "test")],
+            "config": {**asdict(self.config), "device": device.type},
+            "seed": self.seed_of(fold),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest(array: np.ndarray) -> str:
+    """Hash of an array's dtype, shape and values."""
+    array = np.ascontiguousarray(array)
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """Hash of a model's structure and weights."""
+    state = hashlib.sha256(repr(model).encode())
+    for name, tensor in model.state_dict().items():
+        state.update(name.encode() + digest(tensor.detach().cpu().numpy()).encode())
+    return state.hexdigest()
+
+
+def cross_validate(
+    systems: Sequence[str],
+    features: Sequence[np.ndarray],
+    labels: np.ndarray,
+    folds: Sequence[Fold],
+    label_names: Sequence[str],
+    *,
+    config: TrainingConfig | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    store: str | Path | None = None,
+    build: Build | None = None,
+    progress: bool = True,
+) -> CrossValidation:
+    """Train and test every system on every fold.
+
+    Args:
+        systems: names that ``build`` knows.
+        features: one (n, d_k) matrix per encoder, rows aligned.
+        labels: (n,) integer classes, indices into ``label_names``.
+        folds: the folds; training runs of fold k use the seed ``seed * 100 + k``.
+        label_names: the names of the classes.
+        config: the training protocol; the paper's by default.
+        seed: see ``folds``.
+        workers: worker processes, each of one thread; 1 trains in this process. By default one per CPU core on
+            the CPU, 1 on a GPU. The figures do not depend on it.
+        store: folder of finished runs, to resume and to reuse; None keeps nothing.
+        build: ``build(name, dims, n_classes)`` gives the model; ``parrot.model.build`` by default. A module-level
+            function, so that workers can import it.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if there is no system or fold, a class index has no name, or the training data are bad.
+    """
+    if build is None:
+        from parrot.model import build
+    if not systems or not folds:
+        raise ValueError(f"cross_validate: `systems` and `folds` must not be empty; got {len(systems)}, {len(folds)}.")
+    if len(labels) and not 0 <= np.min(labels) <= np.max(labels) < len(label_names):
+        raise ValueError(
+            f"cross_validate: `labels` must be indices into `label_names` (0 to {len(label_names) - 1}); "
+            f"got {np.min(labels)} to {np.max(labels)}."
+        )
+    config = config or TrainingConfig()
+    task = Task(tuple(features), labels, len(label_names), tuple(folds), config, seed, build)
+    store = None if store is None else Path(store)
+
+    results: dict[tuple[str, int], TrainingResult] = {}
+    keys: dict[tuple[str, int], str] = {}
+    sizes: dict[str, int] = {}
+    for system in dict.fromkeys(systems):
+        model = task.model(system, 0)  # the other folds' models differ by their seeds only
+        initial, sizes[system] = model_digest(model), sum(p.numel() for p in model.parameters())
+        for fold in range(len(folds)):
+            keys[system, fold] = task.key(system, fold, initial)
+            if store is not None and (stored := load_result(_path(store, system, fold, keys))) is not None:
+                results[system, fold] = stored
+    reused = len(results)
+    missing = sorted((run for run in keys if run not in results), key=lambda run: -sizes[run[0]])  # longest first
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if config.resolved_device().type == "cpu" else 1
+
+    with contextlib.closing(_run_all(task, missing, workers)) as finished:
+        for (system, fold), result in _progress(finished, len(keys), reused, progress):
+            results[system, fold] = result
+            if store is not None:
+                save_result(_path(store, system, fold, keys), result)
+
+    def fold_result(system: str, fold: int) -> FoldResult:
+        rows = np.asarray(folds[fold].test)
+        return FoldResult(folds[fold].index, rows, np.asarray(labels)[rows], results[system, fold])
+
+    return CrossValidation(
+        {system: [fold_result(system, k) for k in range(len(folds))] for system in dict.fromkeys(systems)},
+        tuple(label_names),
+        config,
+        seed,
+        [{part: len(getattr(fold, part)) for part in ("train", "validation", "test")} for fold in folds],
+        reused,
+    )
+
+
+def _path(store: Path, system: str, fold: int, keys: dict[tuple[str, int], str]) -> Path:
+    return store / f"{system}_fold{fold}_{keys[system, fold][:20]}.safetensors"
+
+
+def _progress(finished: Iterable, total: int, done: int, show: bool) -> Iterator:
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, desc="Training", unit="run", disable=not show) as bar:
+        for (system, fold), result in finished:
+            bar.set_postfix_str(f"{system}, fold {fold + 1}")
+            bar.update()
+            yield (system, fold), result
+
+
+def _run_all(task: Task, runs: list[tuple[str, int]], workers: int) -> Iterator[tuple[tuple[str, int], TrainingResult]]:
+    if workers <= 1 or len(runs) <= 1:
+        for run in runs:
+            yield run, task.fit(*run)[1]
+        return
+    pool = ProcessPoolExecutor(min(workers, len(runs)), get_context("spawn"), _start_worker, (task,))
+    try:
+        futures = {pool.submit(_run_in_worker, *run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt
+
+_task: Task | None = None  # of this worker process
+
+
+def _start_worker(task: Task) -> None:
+    global _task
+    _task = task
+    with contextlib.suppress(AttributeError, OSError):  # glibc only
+        # Gradients of some MB are freed and allocated every step: keep the memory instead of giving it back to
+        # the system and faulting its pages in again, a fifth of the time of a step.
+        malloc = ctypes.CDLL(None).mallopt
+        malloc(_M_MMAP_MAX, 0)
+        malloc(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _run_in_worker(system: str, fold: int) -> TrainingResult:
+    return _task.fit(system, fold)[1]
+
+
+def save_result(path: Path, result: TrainingResult) -> None:
+    """Write one training run's result as one safetensors file, atomically."""
+    from safetensors.numpy import save
+
+    tensors = {"test_logits": np.ascontiguousarray(result.test_logits)}
+    if result.plan is not None:
+        tensors["plan"] = np.ascontiguousarray(result.plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"history": result.history, "best_epoch": result.best_epoch, "seconds": result.seconds}
+    write_atomically(path, save(tensors, {"result": json.dumps(facts)}))
+
+
+def load_result(path: Path) -> TrainingResult | None:
+    """The stored result; None if there is none or it can't be read (then it is made again)."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            facts = json.loads(file.metadata()["result"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        warnings.warn(f"{path} can't be read ({error}); this run is trained again.", RuntimeWarning, stacklevel=3)
+        return None
+    return TrainingResult(
+        facts["history"], facts["best_epoch"], tensors["test_logits"], tensors.get("plan"), facts["seconds"]
+    )

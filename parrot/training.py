@@ -1,0 +1,321 @@
+"""Train one model on one fold: the protocol of PARROT's reimplementation, reproducible to the last digit.
+
+Adam (learning rate 1e-3, betas 0.9 and 0.999, no weight decay, no schedule, no clipping) on the cross-entropy,
+batches of 32; the training set is shuffled every epoch and its last incomplete batch dropped if the set exceeds
+one batch; evaluation runs in the given order, last batch smaller. 50 epochs at most, patience 10 on the
+validation cross-entropy (an improvement is more than 1e-6), and the best epoch's weights are restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parrot.files import write_atomically
+
+if TYPE_CHECKING:
+    from parrot.corpora.splits import Fold
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training protocol; the defaults are the paper's and its reimplementation's.
+
+    Attributes:
+        epochs: the most epochs to train.
+        batch_size: rows per batch in training and in evaluation. Batch-wise transport makes it part of the model.
+        learning_rate: Adam's.
+        patience: epochs without an improvement of the validation cross-entropy after which training stops.
+        min_improvement: what counts as an improvement.
+        device: "auto" (CUDA if there is one), or anything ``torch.device`` takes.
+    """
+
+    epochs: int = 50
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    patience: int = 10
+    min_improvement: float = 1e-6
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"TrainingConfig: `{name}` must be an integer of at least 1; got {value!r}.")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(
+                f"TrainingConfig: `learning_rate` must be positive and finite; got {self.learning_rate!r}."
+            )
+
+    def resolved_device(self) -> torch.device:
+        """The device training runs on."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"TrainingConfig: `device` must be auto, cpu or cuda; got {self.device!r}.") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("TrainingConfig: `device` is cuda, but no CUDA device is visible. Use auto or cpu.")
+        return device
+
+
+@dataclass
+class TrainingResult:
+    """What one training run leaves behind (the trained weights are in the model itself).
+
+    Attributes:
+        history: lists over epochs: train_loss, validation_loss, validation_accuracy.
+        best_epoch: the epoch (from 1) whose weights were restored.
+        test_logits: (n_test, n_classes) float32, in the order of ``fold.test``.
+        plan: (b, b) float32 transport plan of the first test batch, None for models without transport.
+        seconds: wall time of the run.
+    """
+
+    history: dict[str, list[float]]
+    best_epoch: int
+    test_logits: np.ndarray
+    plan: np.ndarray | None
+    seconds: float
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """(n_test,) predicted class of each test row."""
+        return self.test_logits.argmax(axis=1)
+
+
+def encode_labels(labels: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Codes (n,) int64 and class names; text labels are coded in sorted order."""
+    names, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    return codes.astype(np.int64), tuple(names.tolist())
+
+
+@contextlib.contextmanager
+def reproducible(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators and fix what changes the last digits; everything is put back afterwards.
+
+    On the CPU one thread computes, since sums split over threads round differently: use processes for speed.
+    """
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    cuda = device.type == "cuda"
+    if cuda:  # read by cuBLAS when its first handle is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        try:
+            if cuda:
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                torch.backends.cudnn.benchmark = False
+            else:
+                torch.set_num_threads(1)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.backends.cudnn.benchmark = benchmark
+
+
+def predict(
+    model: nn.Module, features: Sequence[np.ndarray | Tensor], batch_size: int = 32, device: str | torch.device = "cpu"
+) -> np.ndarray:
+    """Logits (n, n_classes) float32 of all rows, in their order, in batches of ``batch_size`` (the last smaller).
+
+    With batch-wise transport a row's logits depend on the rows that share its batch.
+    """
+    tensors = [torch.as_tensor(f, dtype=torch.float32, device=device) for f in features]
+    model.eval()
+    with torch.no_grad():
+        parts = [model(*batch) for batch in zip(*(t.split(batch_size) for t in tensors), strict=True)]
+    return torch.cat(parts).float().cpu().numpy()
+
+
+def train(
+    model: nn.Module,
+    features: Sequence[np.ndarray],
+    labels: np.ndarray,
+    fold: Fold,
+    config: TrainingConfig | None = None,
+    seed: int = 0,
+    on_epoch: Callable[[int], object] | None = None,
+) -> TrainingResult:
+    """Train ``model`` on ``fold`` and evaluate it on the fold's test rows. The best weights end in ``model``.
+
+    Args:
+        model: takes one (b, d_k) float32 tensor per feature matrix, gives logits (b, n_classes).
+        features: one (n, d_k) matrix per encoder, rows aligned.
+        labels: (n,) integer classes.
+        fold: row indices train, validation, test; test may be empty.
+        config: the protocol; the paper's by default.
+        seed: of shuffling and dropout (the model's own initialisation is the caller's).
+        on_epoch: called with the number of each finished epoch.
+
+    Raises:
+        ValueError: on misaligned, non-finite or empty data, indices out of range or shared between parts.
+        RuntimeError: if the validation loss is not finite before any epoch has been kept.
+    """
+    config = config or TrainingConfig()
+    _check(features, labels, fold)
+    device = config.resolved_device()
+    started = time.perf_counter()
+    with reproducible(seed, device):
+        model.to(device)
+        data = [torch.as_tensor(np.asarray(f, dtype=np.float32), device=device) for f in features]
+        targets = torch.as_tensor(np.asarray(labels, dtype=np.int64), device=device)
+        history, best_epoch = _fit(model, data, targets, fold, config, seed, on_epoch)
+        test = [d[torch.as_tensor(np.asarray(fold.test, dtype=np.int64), device=device)] for d in data]
+        if len(fold.test):
+            logits = predict(model, test, config.batch_size, device)
+        else:
+            logits = np.zeros((0, 0), dtype=np.float32)
+        plan = transport_plan(model, [t[: config.batch_size] for t in test]) if len(fold.test) else None
+    return TrainingResult(history, best_epoch, logits, plan, time.perf_counter() - started)
+
+
+def _fit(
+    model: nn.Module,
+    data: list[Tensor],
+    targets: Tensor,
+    fold: Fold,
+    config: TrainingConfig,
+    seed: int,
+    on_epoch: Callable[[int], object] | None,
+) -> tuple[dict[str, list[float]], int]:
+    device = targets.device
+    shuffle = torch.Generator().manual_seed(seed)
+    rows = torch.as_tensor(np.asarray(fold.train, dtype=np.int64))
+    held_out = torch.as_tensor(np.asarray(fold.validation, dtype=np.int64), device=device)
+    validation, validation_targets = [d[held_out] for d in data], targets[held_out].cpu()
+    used = len(rows) - len(rows) % config.batch_size if len(rows) > config.batch_size else len(rows)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    history: dict[str, list[float]] = {"train_loss": [], "validation_loss": [], "validation_accuracy": []}
+    best_loss, best_epoch, best_weights = math.inf, 0, None
+
+    for epoch in range(1, config.epochs + 1):
+        model.train()
+        order = rows[torch.randperm(len(rows), generator=shuffle)][:used].to(device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in order.split(config.batch_size):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(*(d[batch] for d in data)), targets[batch])
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(batch)
+        logits = torch.from_numpy(predict(model, validation, config.batch_size, device))
+        validation_loss = F.cross_entropy(logits.double(), validation_targets).item()
+        history["train_loss"].append(total.item() / used)
+        history["validation_loss"].append(validation_loss)
+        history["validation_accuracy"].append((logits.argmax(1) == validation_targets).double().mean().item())
+        if validation_loss < best_loss - config.min_improvement:
+            best_loss, best_epoch = validation_loss, epoch
+            best_weights = copy.deepcopy(model.state_dict())
+        if on_epoch is not None:
+            on_epoch(epoch)
+        if best_weights is None:
+            raise RuntimeError(
+                f"train: the validation loss is {validation_loss} after epoch {epoch}. "
+                "Look for enormous feature values, or lower `learning_rate`."
+            )
+        if epoch - best_epoch >= config.patience:
+            break
+    model.load_state_dict(best_weights)
+    return history, best_epoch
+
+
+def transport_plan(model: nn.Module, batch: Sequence[Tensor]) -> np.ndarray | None:
+    """(b, b) plan of one batch, None for a model without transport."""
+    plan_of = getattr(model, "plan", None)
+    if plan_of is None:
+        return None
+    model.eval()
+    with torch.no_grad():
+        plan = plan_of(*batch)
+    return None if plan is None else plan.float().cpu().numpy().reshape(len(batch[0]), -1)
+
+
+def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> None:
+    if not features:
+        raise ValueError("train: `features` must hold at least one matrix; got none.")
+    n = len(labels)
+    for k, matrix in enumerate(features):
+        if matrix.ndim != 2 or len(matrix) != n:
+            raise ValueError(
+                f"train: `features[{k}]` must be of shape (n, d) with n = {n}, one row per label; got {matrix.shape}."
+            )
+        if not np.isfinite(matrix).all():
+            bad = int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])
+            raise ValueError(f"train: `features[{k}]` must be finite; row {bad} is not. Drop it or extract it again.")
+    if not np.issubdtype(np.asarray(labels).dtype, np.integer) or (n and np.min(labels) < 0):
+        raise ValueError(
+            f"train: `labels` must be integer classes from 0; got {np.asarray(labels).dtype}. "
+            "Use encode_labels for text."
+        )
+    seen: dict[int, str] = {}
+    for part in ("train", "validation", "test"):
+        indices = np.asarray(getattr(fold, part))
+        if not len(indices) and part != "test":
+            raise ValueError(f"train: `fold.{part}` is empty. More speakers are needed, or fewer folds.")
+        if len(indices) and (indices.min() < 0 or indices.max() >= n):
+            raise ValueError(
+                f"train: `fold.{part}` must be row indices from 0 to {n - 1}; "
+                f"got {indices.min()} to {indices.max()}. Make the folds for these features."
+            )
+        for row in indices.tolist():
+            if row in seen:
+                raise ValueError(
+                    f"train: row {row} is in `fold.{seen[row]}` and in `fold.{part}`. Parts must be disjoint."
+                )
+            seen[row] = part
+
+
+def save_checkpoint(folder: str | Path, model: nn.Module, description: dict[str, Any]) -> Path:
+    """Write ``folder/model.safetensors``, then ``folder/model.json`` (``description`` and the weights' hash)."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    document = {**description, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    write_atomically(folder / "model.safetensors", weights)
+    write_atomically(folder / "model.json", (json.dumps(document, indent=2) + "\n").encode())
+    return folder
+
+
+def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the description that ``save_checkpoint`` wrote.
+
+    Raises:
+        ValueError: if the folder holds no model, or weights and description do not belong together.
+    """
+    from safetensors.torch import load
+
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / "model.json").read_text())
+        weights = (folder / "model.safetensors").read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"load_checkpoint: {folder} must hold model.json and model.safetensors; {Path(error.filename).name} "
+            "is missing. Name the folder that `parrot train` or `parrot demo` wrote."
+        ) from error
+    if hashlib.sha256(weights).hexdigest() != description.get("weights_sha256"):
+        raise ValueError(
+            f"load_checkpoint: the weights in {folder} are not those its model.json describes. Train again."
+        )
+    return load(weights), description
