@@ -15,9 +15,9 @@ Shapes as in `parrot_kernels.ops.causal_conv1d`.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import activations
 from .scan_order import ScanOrder
 
 
@@ -36,7 +36,7 @@ def causal_conv1d(
     line = _Line(x, weight.shape[1], reverse, lengths, seq_idx)
     extended = line.extend(x, initial_state)
     pre = line.convolve(extended, weight, bias)
-    out = F.silu(pre) if activation is not None else pre
+    out = activations.silu(pre) if activation is not None else pre
     return line.order(out).to(x.dtype), line.final_state(extended).to(x.dtype)
 
 
@@ -93,9 +93,7 @@ def backward(
     if grad_out is not None:
         dpre = line.order(grad_out.to(line.dtype))
         if silu:
-            pre = line.convolve(extended, weight, bias)
-            sigmoid = torch.sigmoid(pre)
-            dpre = dpre * sigmoid * (1 + pre * (1 - sigmoid))
+            dpre = dpre * activations.silu_derivative(line.convolve(extended, weight, bias))
 
     dextended = torch.zeros_like(extended)
     weight = weight.to(line.dtype)

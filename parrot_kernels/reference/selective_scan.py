@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import SOFTPLUS_THRESHOLD, silu, silu_derivative, softplus, softplus_derivative
 from .scan_order import ScanOrder
-
-SOFTPLUS_THRESHOLD = 20.0
 
 
 def selective_scan(
@@ -125,7 +124,7 @@ def forward(
         y.addcmul_(s.u, D.to(y.dtype))
     y = y.permute(1, 2, 0)
     if z is not None:
-        y = y * F.silu(s.order(z.to(y.dtype)))
+        y = y * silu(s.order(z.to(y.dtype)))
     out.copy_(s.order(y))
     final_state.copy_(state)
 
@@ -181,9 +180,8 @@ def backward(
         dy = dout
     else:
         gate = _time_first(s.order(z.to(dtype)))
-        sigmoid = torch.sigmoid(gate)
-        dy = dout * gate * sigmoid
-        dgate = dout * sigmoid * (1 + gate * (1 - sigmoid))  # still to be multiplied by y
+        dy = dout * silu(gate)
+        dgate = dout * silu_derivative(gate)  # still to be multiplied by y
     adjoint = s.u.new_zeros(s.u.shape[1], *A.shape) if grad_final_state is None else grad_final_state.to(dtype).clone()
 
     dx, ddt = torch.empty_like(s.u), torch.empty_like(s.u)
@@ -221,7 +219,7 @@ def backward(
         dD.copy_((dy * s.u).sum((0, 1)))
         dx.addcmul_(dy, D.to(dtype))
     if delta_softplus:
-        ddt *= torch.where(s.raw > SOFTPLUS_THRESHOLD, 1.0, torch.sigmoid(s.raw))
+        ddt *= softplus_derivative(s.raw)
     ddt = s.order(ddt.permute(1, 2, 0))
     if delta_bias is not None:
         ddelta_bias.copy_(ddt.sum((0, 2)))
@@ -275,7 +273,7 @@ class _Steps(NamedTuple):
         raw = _time_first(order(delta.to(dtype)))
         if delta_bias is not None:
             raw = raw + delta_bias.to(dtype)
-        dt = F.softplus(raw, threshold=SOFTPLUS_THRESHOLD) if delta_softplus else raw
+        dt = softplus(raw) if delta_softplus else raw
         if order.padding is not None:
             dt = dt.masked_fill(order.padding.t().unsqueeze(-1), 0)
 
