@@ -26,7 +26,7 @@ _FP32 = frozenset({torch.float32})
 # What is implemented beside `torch`, which serves every op, dtype and option: op -> backend -> dtypes.
 IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
     "sinkhorn_hadamard": {},
-    "selective_scan": {},
+    "selective_scan": {"cuda": frozenset(checks.FLOATS)},
     "causal_conv1d": {},
 }
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch import Tensor
 
 from parrot_kernels import backends
-from tolerances import assert_close
 
 
 def pairwise(options: dict[str, Sequence[object]]) -> Iterator[dict[str, object]]:

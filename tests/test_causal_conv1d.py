@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from scan_cases import assert_all_close, leaves, outputs_and_gradients, pairwise, places, skip_unless_served
+from tolerances import assert_close, tolerance
 from torch import Tensor
 
 from parrot_kernels.ops import causal_conv1d as op
 from parrot_kernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from parrot_kernels.reference import causal_conv1d as reference
-from scan_cases import assert_all_close, leaves, outputs_and_gradients, pairwise, places, skip_unless_served
-from tolerances import assert_close, tolerance
 
 PLACES = pytest.mark.parametrize(("backend", "device"), places("causal_conv1d"))
 OPTIONS = {

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from scan_cases import assert_all_close, leaves, outputs_and_gradients, pairwise, places, skip_unless_served
+from tolerances import assert_close, tolerance
 from torch import Tensor
 
 from parrot_kernels.ops import selective_scan as op
 from parrot_kernels.ops.selective_scan import selective_scan, selective_state_update
 from parrot_kernels.reference import selective_scan as reference
-from scan_cases import assert_all_close, leaves, outputs_and_gradients, pairwise, places, skip_unless_served
-from tolerances import assert_close, tolerance
 
 PLACES = pytest.mark.parametrize(("backend", "device"), places("selective_scan"))
 OPTIONS = {
@@ -365,7 +369,7 @@ def test_extreme_steps(shift, backend, device):
     assert_all_close(got, want, "scan")
     if shift < 0:
         inputs["z"] = inputs["D"] = None
-        out, state = selective_scan(**inputs, **(options | {"seq_idx": None}), return_final_state=True)
+        _, state = selective_scan(**inputs, **(options | {"seq_idx": None}), return_final_state=True)
         assert_close(state, inputs["initial_state"], "scan")
 
 
@@ -486,6 +490,33 @@ def test_empty(shape):
     assert result["out"].shape == shape
     assert result["final_state"].shape == (batch, dim, 4)
     assert all(torch.isfinite(t).all() for t in result.values())
+
+
+def test_cuda_launcher_speaks_the_binding(monkeypatch):
+    """Without a device at least the keywords can be compared with those of the binding."""
+    bindings = Path(__file__).parents[1].joinpath("csrc", "bindings.cpp").read_text()
+
+    def keywords(function):
+        definition = bindings.split(f'"{function}"', 1)[1].split("m.def(", 1)[0]
+        return set(re.findall(r'py::arg\("(\w+)"\)', definition))
+
+    calls = {}
+
+    class Extension:
+        @staticmethod
+        def selective_scan_workspace_cuda(**arguments):
+            calls["selective_scan_workspace_cuda"] = set(arguments)
+            return 8
+
+    monkeypatch.setattr(op.native, "extension", Extension)
+    monkeypatch.setattr(op.native, "call_cuda", lambda f, _, **arguments: calls.update({f: {*arguments, "stream"}}))
+    monkeypatch.setattr(op.torch.cuda, "device", lambda _: nullcontext())
+    inputs, options = make(EVERYTHING)
+    op.KERNELS["cuda"].forward(
+        **inputs, **options, chunk_size=32, checkpoints=None, out=inputs["u"], final_state=inputs["initial_state"]
+    )
+    assert calls == {function: keywords(function) for function in calls}
+    assert len(calls) == 2
 
 
 BAD = {

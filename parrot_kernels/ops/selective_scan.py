@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -227,7 +228,14 @@ class Kernels(NamedTuple):
 
 def _cuda_forward(*, chunk_size: int, checkpoints: Tensor | None, **arguments: Any) -> None:
     del chunk_size, checkpoints  # this kernel keeps none
-    native.call_cuda("selective_scan_forward_cuda", arguments["u"].device, **arguments)
+    u, final_state = arguments["u"], arguments["final_state"]
+    groups = (m.shape[1] if m.dim() == 4 else 1 for m in (arguments["B"], arguments["C"]))
+    with torch.cuda.device(u.device):
+        size = native.extension().selective_scan_workspace_cuda(
+            batch=u.shape[0], dim=u.shape[1], groups=math.lcm(*groups), length=u.shape[2], state=final_state.shape[2]
+        )
+    workspace = final_state.new_empty(size) if size else None
+    native.call_cuda("selective_scan_forward_cuda", u.device, workspace=workspace, **arguments)
 
 
 KERNELS = {  # a backend that has no backward of its own yet borrows the reference's
