@@ -48,7 +48,7 @@ class Case:
 
 CASES = [Case(1, 32, 32, 120), Case(1, 128, 128, 120), Case(32, 100, 100, 120), Case(8, 500, 500, 120),
          Case(1, 4096, 4096, 64)]  # fmt: skip
-TINY = Case(1, 4, 4, 4)
+TINY = Case(2, 7, 5, 120)  # converges, so that peers which update in the other order agree
 
 # (x, y) -> (x_to_y, y_to_x)
 Projections = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
