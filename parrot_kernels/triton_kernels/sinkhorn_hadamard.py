@@ -1,0 +1,441 @@
+"""Resident Sinkhorn-Hadamard: one program per problem, the whole loop and every output in one launch.
+
+Derivation. With C the scaled cost, eps the regularisation and L(.) a log-sum-exp, an iteration is
+
+    f_i = eps log a_i - damp_x eps L_j[(g_j - C_ij) / eps]
+    g_j = eps log b_j - damp_y eps L_i[(f_i - C_ij) / eps],     damp = 1 / (1 + eps / rho)  (1 when balanced).
+
+Inside the kernel everything is in units of eps ln 2, so that the exponentials are bare powers of two: with
+c = C / (eps ln 2), and f, g likewise, f_i = log2 a_i - damp_x r_i, where r_i = log2 sum_j 2^(g_j - c_ij), and
+g_j = log2 b_j - damp_y s_j, where s_j = log2 sum_i 2^(f_i - c_ij).
+
+*One pass per half-step.* A log-sum-exp needs a shift, not the maximum: any shift that keeps the sum far from
+overflow and underflow gives the same digits. The previous iteration's r_i is such a shift once the potentials
+settle (the sum is then r_i's change, near 2^0), which spares the pass that finds the maximum. Where a sum leaves
+[2^-64, 2^64] (small eps, the first steps, outliers) that half-step is redone with the maximum as shift. Terms
+flushed to zero are below 2^-126 of a sum that is at least 2^-64.
+
+*The error is free.* The row sums of the plan are 2^(f_i + r_i) with r of the *next* row update, which the next
+iteration needs anyway. So r is computed after each column update: the loop runs K column updates and K + 1 row
+updates, and after the last one both the marginal error and the row sums are at hand.
+
+*Weights near zero.* y_to_x_i = sum_j 2^(f_i - log2 a_i + g_j - c_ij) y_j: the division by a_i is a difference of
+exponents, finite for every weight down to the floor of `tiny`. Likewise x_to_y.
+
+*Costs by direct differences*, one feature at a time: |x|^2 + |y|^2 - 2 x.y would lose near-coincident points.
+Padding never enters: masked loads replace it, and c = inf off the valid block makes every power there exactly 0.
+
+*The tile* of N x M costs stays in registers, shaped (column patch, row patch, column warps, row warps, 4, 8): the
+last two axes are the lanes of a warp, the two before them the warps. What a thread holds is a nearly square patch
+of rows and columns instead of the slice of columns that Triton gives a two-dimensional tile; so sums run first
+inside threads, few numbers cross lanes or warps, and the copies of row and column vectors that a thread needs are
+few as well. A row vector is shaped (row patch, row warps, 4), a column vector (column patch, column warps, 8).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .specialization import COMMON_OPTIONS, Specialization
+
+MAX_POINTS = 256
+MAX_TILE = 128 * 128  # costs that the registers of one program hold: 64 in each of 256 threads
+DEFAULT_THRESHOLD = 1e-3  # `converged` when no tolerance was asked for
+
+COSTS = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "matrix": 3}
+EUCLIDEAN: tl.constexpr = tl.constexpr(0)
+SQEUCLIDEAN: tl.constexpr = tl.constexpr(1)
+COSINE: tl.constexpr = tl.constexpr(2)
+MATRIX: tl.constexpr = tl.constexpr(3)
+TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
+LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**64)
+SMALLEST_SUM: tl.constexpr = tl.constexpr(2.0**-64)
+SMALLEST_SCALE: tl.constexpr = tl.constexpr(1e-8)
+
+
+@triton.jit
+def index(BLOCK: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr):
+    """Indices 0 .. BLOCK - 1 of rows or columns, shaped (BLOCK / (WARPS LANES), WARPS, LANES)."""
+    SPAN: tl.constexpr = WARPS * LANES
+    patch = tl.arange(0, BLOCK // SPAN)[:, None, None] * SPAN
+    return patch + tl.arange(0, WARPS)[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
+
+
+@triton.jit
+def spread(vector, ROWS: tl.constexpr):
+    """A row vector or a column vector, broadcast against the tile."""
+    if ROWS:
+        return vector[None, :, None, :, :, None]
+    else:
+        return vector[:, None, :, None, None, :]
+
+
+@triton.jit
+def sum_tile(tile, ROWS: tl.constexpr):
+    """Row sums or column sums of a tile: inside threads, then lanes, then warps."""
+    if ROWS:
+        return tl.sum(tl.sum(tl.sum(tile, 0), 4), 1)
+    else:
+        return tl.sum(tl.sum(tl.sum(tile, 1), 3), 2)
+
+
+@triton.jit
+def max_tile(tile, ROWS: tl.constexpr):
+    if ROWS:
+        return tl.max(tl.max(tl.max(tile, 0), 4), 1)
+    else:
+        return tl.max(tl.max(tl.max(tile, 1), 3), 2)
+
+
+@triton.jit
+def sum_vector(vector, ROWS: tl.constexpr):
+    if ROWS:
+        return tl.sum(tl.sum(tl.sum(vector, 0), 1), 0)
+    else:
+        return tl.sum(tl.sum(tl.sum(vector, 0), 1), 0)
+
+
+@triton.jit
+def max_vector(vector, ROWS: tl.constexpr):
+    if ROWS:
+        return tl.max(tl.max(tl.max(vector, 0), 1), 0)
+    else:
+        return tl.max(tl.max(tl.max(vector, 0), 1), 0)
+
+
+@triton.jit
+def log_sum_exp(c, other, shift, valid, ROWS: tl.constexpr):
+    """log2 of the row (or column) sums of 2^(other - c), with a shift that should be near the result."""
+    # c + shift, not other - shift: the difference `other - c` would be shared with the branch and held in registers.
+    sums = sum_tile(tl.exp2(spread(other, not ROWS) - (c + spread(shift, ROWS))), ROWS)
+    sums = tl.where(valid, sums, 1.0)
+    outside = (sums < SMALLEST_SUM) | (sums > LARGEST_SUM)
+    if max_vector(outside.to(tl.int32), ROWS) > 0:
+        shift = tl.where(valid, max_tile(spread(other, not ROWS) - c, ROWS), 0.0)
+        sums = sum_tile(tl.exp2(spread(other, not ROWS) - (c + spread(shift, ROWS))), ROWS)
+        sums = tl.where(valid, sums, 1.0)
+    return shift + tl.log2(sums)
+
+
+@triton.jit
+def log2_weights(weights, index, valid, count, ROWS: tl.constexpr):
+    """log2 of the floored weights, uniform if there are none; 0 in the padding."""
+    if weights is None:
+        return tl.where(valid, -tl.log2(tl.maximum(count, 1).to(tl.float32)), 0.0)
+    else:
+        loaded = tl.load(weights + index, mask=valid, other=1.0).to(tl.float32)
+        return tl.log2(tl.maximum(loaded, TINY))
+
+
+@triton.jit
+def cost_tile(
+    x, y, cost_matrix, i, j, valid_i, valid_j, M, D,
+    COST: tl.constexpr,
+):  # fmt: skip
+    """Unscaled costs of one problem; what stands outside the valid block is unspecified but finite."""
+    if COST == MATRIX:
+        offsets = spread(i * M, True) + spread(j, False)
+        mask = spread(valid_i, True) & spread(valid_j, False)
+        tile = tl.load(cost_matrix + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        norm_x = tl.zeros_like(i).to(tl.float32)
+        norm_y = tl.zeros_like(j).to(tl.float32)
+        tile = spread(norm_x, True) + spread(norm_y, False)
+        for d in range(D):
+            x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
+            y_d = tl.load(y + (j * D + d), mask=valid_j, other=0.0).to(tl.float32)
+            if COST == COSINE:
+                tile += spread(x_d, True) * spread(y_d, False)
+                norm_x += x_d * x_d
+                norm_y += y_d * y_d
+            else:
+                difference = spread(x_d, True) - spread(y_d, False)
+                tile += difference * difference
+        if COST == EUCLIDEAN:
+            tile = tl.sqrt(tile)
+        if COST == COSINE:
+            norm_x = tl.where(norm_x > 0.0, tl.sqrt(norm_x), 1.0)
+            norm_y = tl.where(norm_y > 0.0, tl.sqrt(norm_y), 1.0)
+            tile = 1.0 - (tile / spread(norm_x, True)) / spread(norm_y, False)
+    return tile
+
+
+@triton.jit(do_not_specialize=["N", "M", "D", "n_iters"])
+def _sinkhorn_hadamard_forward(
+    x,  # (B, N, D)
+    y,  # (B, M, D)
+    a,  # (B, N) or None
+    b,  # (B, M) or None
+    x_lengths,  # (B,) or None
+    y_lengths,  # (B,) or None
+    cost_matrix,  # (B, N, M) or None
+    eps,  # (B,)
+    x_to_y,  # (B, M, D)
+    y_to_x,  # (B, N, D)
+    x_hadamard,  # (B, N, D)
+    y_hadamard,  # (B, M, D)
+    f,  # (B, N)
+    g,  # (B, M)
+    plan,  # (B, N, M) or None
+    transport_cost,  # (B,)
+    error,  # (B,)
+    iterations,  # (B,)
+    converged,  # (B,), bytes
+    scale,  # (B,)
+    f_history,  # (B, n_iters, N) or None
+    g_history,  # (B, n_iters, M) or None
+    N,
+    M,
+    D,
+    n_iters,
+    cost_scale,  # None: the largest valid cost
+    tol,  # None: no early stop
+    threshold,
+    inverse_rho_x,
+    inverse_rho_y,
+    COST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    i = index(BLOCK_N, WARPS_N, 4)
+    j = index(BLOCK_M, WARPS_M, 8)
+    n = N
+    m = M
+    if x_lengths is not None:
+        n = tl.minimum(tl.load(x_lengths + problem), N)
+    if y_lengths is not None:
+        m = tl.minimum(tl.load(y_lengths + problem), M)
+    empty = (n <= 0) | (m <= 0)  # nothing to transport: every row counts as padding
+    n = tl.where(empty, 0, n)
+    m = tl.where(empty, 0, m)
+    remaining = tl.where(empty, 0, n_iters)
+    valid_i = i < n
+    valid_j = j < m
+    x += problem * N * D
+    y += problem * M * D
+    if cost_matrix is not None:
+        cost_matrix += problem * N * M
+    if a is not None:
+        a += problem * N
+    if b is not None:
+        b += problem * M
+
+    c = cost_tile(x, y, cost_matrix, i, j, valid_i, valid_j, M, D, COST)
+    valid = spread(valid_i, True) & spread(valid_j, False)
+    if cost_scale is None:
+        largest = max_vector(max_tile(tl.where(valid, c, 0.0), True), True)
+        divisor = tl.maximum(largest, SMALLEST_SCALE)
+    else:
+        divisor = cost_scale * 1.0
+    epsilon = tl.load(eps + problem)
+    unit = epsilon * LN2  # of the potentials and of c, below
+    c = tl.where(valid, c / divisor / unit, float("inf"))
+    log_a = log2_weights(a, i, valid_i, n, True)
+    log_b = log2_weights(b, j, valid_j, m, False)
+    damp_x = 1.0 / (1.0 + epsilon * inverse_rho_x)
+    damp_y = 1.0 / (1.0 + epsilon * inverse_rho_y)
+
+    f_now = tl.zeros_like(log_a)
+    g_now = tl.zeros_like(log_b)
+    s = tl.zeros_like(log_b)
+    r = log_sum_exp(c, g_now, f_now, valid_i, True)
+    done = remaining * 0
+    while done < remaining:
+        f_now = tl.where(valid_i, log_a - damp_x * r, 0.0)
+        s = log_sum_exp(c, f_now, s, valid_j, False)
+        g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
+        r = log_sum_exp(c, g_now, r, valid_i, True)
+        if f_history is not None:
+            step = problem * n_iters + done
+            tl.store(f_history + step * N + i, f_now * unit, mask=i < N)
+            tl.store(g_history + step * M + j, g_now * unit, mask=j < M)
+        done += 1
+        if tol is not None:
+            gap = tl.abs(tl.exp2(f_now + r) - tl.exp2(log_a - damp_x * r + r))
+            remaining = tl.where(sum_vector(tl.where(valid_i, gap, 0.0), True) <= tol, done, remaining)
+
+    gap = tl.abs(tl.exp2(f_now + r) - tl.exp2(log_a - damp_x * r + r))
+    final_error = sum_vector(tl.where(valid_i, gap, 0.0), True)
+    tl.store(error + problem, final_error)
+    tl.store(converged + problem, (final_error <= threshold).to(tl.int8))
+    tl.store(iterations + problem, done)
+    tl.store(scale + problem, divisor)
+    tl.store(f + problem * N + i, f_now * unit, mask=i < N)
+    tl.store(g + problem * M + j, g_now * unit, mask=j < M)
+
+    probability = tl.exp2(spread(f_now, True) + spread(g_now, False) - c)
+    spent = probability * tl.where(valid, c, 0.0)
+    tl.store(transport_cost + problem, sum_vector(sum_tile(spent, True), True) * unit)
+    if plan is not None:
+        inside = spread(i < N, True) & spread(j < M, False)
+        tl.store(plan + problem * N * M + spread(i * M, True) + spread(j, False), probability, mask=inside)
+
+    to_x = tl.exp2(spread(f_now - log_a, True) + spread(g_now, False) - c)
+    y_to_x += problem * N * D
+    x_hadamard += problem * N * D
+    for d in range(D):
+        x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
+        y_d = tl.load(y + (j * D + d), mask=valid_j, other=0.0).to(tl.float32)
+        moved = sum_tile(to_x * spread(y_d, False), True)
+        tl.store(y_to_x + (i * D + d), moved, mask=i < N)
+        tl.store(x_hadamard + (i * D + d), x_d * moved, mask=i < N)
+    # g - log2 b is -damp_y s; with log_b here, its copies would be held in registers through the loop.
+    to_y = tl.exp2(spread(f_now, True) - spread(damp_y * s, False) - c)
+    x_to_y += problem * M * D
+    y_hadamard += problem * M * D
+    for d in range(D):
+        x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
+        y_d = tl.load(y + (j * D + d), mask=valid_j, other=0.0).to(tl.float32)
+        moved = sum_tile(to_y * spread(x_d, True), False)
+        tl.store(x_to_y + (j * D + d), moved, mask=j < M)
+        tl.store(y_hadamard + (j * D + d), y_d * moved, mask=j < M)
+
+
+def tile_of(N: int, M: int) -> tuple[int, int, int, int]:
+    """(rows, columns, warps along rows, warps along columns) of the program that holds an N x M problem."""
+    rows, columns = (max(16, triton.next_power_of_2(size)) for size in (N, M))
+    warps = min(8, max(1, rows * columns // 1024))
+    # Patches near square: a thread also holds copies of the row and column vectors of its patch.
+    warps_n = next(w for w in (1, 2, 4, 8) if w == warps or (rows // (4 * w)) <= columns // (8 * (warps // w)))
+    return rows, columns, warps_n, warps // warps_n
+
+
+def why_not(N: int, M: int) -> str | None:
+    """None if the resident kernel holds an N x M problem, else the reason."""
+    rows, columns, *_ = tile_of(N, M)
+    if max(N, M) > MAX_POINTS or rows * columns > MAX_TILE:
+        return (
+            f"the triton kernel holds a problem in the registers of one program: at most {MAX_POINTS} points a side, "
+            f"and at most {MAX_TILE} costs with both sides rounded up to powers of two; this one is {N} x {M}"
+        )
+    return None
+
+
+def forward(
+    *,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    cost_matrix: Tensor | None,
+    eps: Tensor,
+    cost: str,
+    cost_scale: float | None,
+    n_iters: int,
+    tol: float | None,
+    rho_x: float | None,
+    rho_y: float | None,
+    x_to_y: Tensor,
+    y_to_x: Tensor,
+    x_hadamard: Tensor,
+    y_hadamard: Tensor,
+    f: Tensor,
+    g: Tensor,
+    plan: Tensor | None,
+    transport_cost: Tensor,
+    error: Tensor,
+    iterations: Tensor,
+    converged: Tensor,
+    scale: Tensor,
+    f_history: Tensor | None,
+    g_history: Tensor | None,
+) -> None:
+    """Launch the resident forward; shapes and meaning as in ``ops/sinkhorn_hadamard.py``.
+
+    Inputs of any strides, outputs contiguous. x and y in fp32, fp16 or bf16; everything else in fp32 (int32
+    lengths and iterations, bool ``converged``). Histories beyond a problem's ``iterations`` are left unwritten.
+    Nothing synchronises, and the launch depends on shapes only, so it can be captured in a CUDA graph.
+    """
+    B, N, D = x.shape
+    M = y.shape[1]
+    if (why := why_not(N, M)) is not None:
+        raise ValueError(f"sinkhorn_hadamard: {why}.")
+    if n_iters < 1:
+        raise ValueError(f"sinkhorn_hadamard: `n_iters` must be at least 1; got {n_iters}.")
+    if B == 0:
+        return
+    rows, columns, warps_n, warps_m = tile_of(N, M)
+    inputs = (t if t is None else t.contiguous() for t in (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps))
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _sinkhorn_hadamard_forward[(B,)](
+            *inputs,
+            x_to_y,
+            y_to_x,
+            x_hadamard,
+            y_hadamard,
+            f,
+            g,
+            plan,
+            transport_cost,
+            error,
+            iterations,
+            converged.view(torch.int8),
+            scale,
+            f_history,
+            g_history,
+            N,
+            M,
+            D,
+            n_iters,
+            cost_scale if cost_scale is None else float(cost_scale),
+            tol if tol is None else float(tol),
+            DEFAULT_THRESHOLD if tol is None else float(tol),
+            0.0 if rho_x is None else 1.0 / rho_x,
+            0.0 if rho_y is None else 1.0 / rho_y,
+            COST=COSTS[cost],
+            BLOCK_N=rows,
+            BLOCK_M=columns,
+            WARPS_N=warps_n,
+            WARPS_M=warps_m,
+            num_warps=warps_n * warps_m,
+            **COMMON_OPTIONS,
+        )
+
+
+def specializations() -> Iterator[Specialization]:
+    """Every tile with every cost and dtype; optional arguments all present, then (fp32, euclidean) all absent."""
+    sizes = (16, 32, 64, 128, 256)
+    tiles = [(N, M) for N, M in itertools.product(sizes, sizes) if why_not(N, M) is None]
+    for (N, M), dtype, cost, full in itertools.product(tiles, ("fp32", "fp16", "bf16"), COSTS, (True, False)):
+        if not full and (dtype, cost) != ("fp32", "euclidean"):
+            continue
+        rows, columns, warps_n, warps_m = tile_of(N, M)
+        optional = {
+            **dict.fromkeys(("a", "b", "plan", "f_history", "g_history"), "*fp32"),
+            **dict.fromkeys(("x_lengths", "y_lengths"), "*i32"),
+            **dict.fromkeys(("tol", "cost_scale"), "fp32"),
+        }
+        yield Specialization(
+            kernel=_sinkhorn_hadamard_forward,
+            tile=f"{rows}x{columns} {dtype} {cost}{' all options' if full else ''}",
+            arguments={
+                **dict.fromkeys(("x", "y", "x_to_y", "y_to_x", "x_hadamard", "y_hadamard"), f"*{dtype}"),
+                **dict.fromkeys(("eps", "f", "g", "transport_cost", "error", "scale"), "*fp32"),
+                **{"iterations": "*i32", "converged": "*i8"},
+                **dict.fromkeys(("N", "M", "D", "n_iters"), "i32"),
+                **dict.fromkeys(("threshold", "inverse_rho_x", "inverse_rho_y"), "fp32"),
+                **(optional if full else {}),
+                **({"cost_matrix": "*fp32"} if cost == "matrix" else {}),
+            },
+            constants={
+                **({} if full else dict.fromkeys(optional)),
+                **({} if cost == "matrix" else {"cost_matrix": None}),
+                **{"COST": COSTS[cost], "BLOCK_N": rows, "BLOCK_M": columns, "WARPS_N": warps_n, "WARPS_M": warps_m},
+            },
+            num_warps=warps_n * warps_m,
+            quick=(cost == "euclidean" and (N, M) in ((32, 32), (128, 128))) or (dtype, N) == ("bf16", 256),
+        )
