@@ -31,7 +31,7 @@ Shapes as in `parrot_kernels.ops.sinkhorn_hadamard`, always batched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,13 +83,15 @@ def sinkhorn_hadamard(
         record: called as ``record(k, f, g)`` with the potentials after iteration k = 0, 1, ...
     """
     p = _Problem(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, cost_scale, rho_x, rho_y)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "unrolled"):
+    enabled = torch.is_grad_enabled()
+    with torch.set_grad_enabled(enabled and gradient == "unrolled"):
         u, v, row_lse, iterations = _iterate(p, n_iters, tol, record)
-    if gradient == "implicit":
-        u, v = _differentiate_fixed_point(p, u, v)
-    plan, to_x, to_y = p.plans(u, v)
+    with torch.set_grad_enabled(enabled and gradient != "detached"):
+        if gradient == "implicit":
+            u, v = _differentiate_fixed_point(p, u, v)
+        plan, to_x, to_y = p.plans(u, v)
+        f, g = p.potentials(u, v)
     y_to_x, x_to_y = _bmm(to_x, p.y), _bmm(to_y.mT, p.x)
-    f, g = p.potentials(u, v)
     error = p.error(u, row_lse).detach()
     return Outputs(
         x_to_y=x_to_y.to(x.dtype),
@@ -108,55 +110,23 @@ def sinkhorn_hadamard(
 
 
 @torch.no_grad()
-def forward(
-    *,
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
-    cost_matrix: Tensor | None,
-    eps: Tensor,
-    cost: str,
-    cost_scale: float | None,
-    n_iters: int,
-    tol: float | None,
-    rho_x: float | None,
-    rho_y: float | None,
-    f_history: Tensor | None,
-    g_history: Tensor | None,
-    **outputs: Tensor | None,
-) -> None:
-    """Fill ``outputs``, one for each field of `Outputs` (``plan`` may be None), and the histories if given.
+def forward(*, f_history: Tensor | None, g_history: Tensor | None, **arguments: Any) -> None:
+    """Fill the outputs, preallocated and named as the fields of `Outputs`; ``plan`` may be None.
 
-    ``f_history`` (B, K, N) and ``g_history`` (B, K, M) receive the potentials after each iteration; what lies past a
-    problem's iterations is unspecified.
+    Args:
+        f_history, g_history: (B, K, N) and (B, K, M) receive the potentials after each iteration, or None. What lies
+            past a problem's iterations is unspecified.
+        arguments: the outputs, and the inputs and options of `sinkhorn_hadamard`.
     """
+    targets = {name: arguments.pop(name) for name in Outputs._fields}
 
     def record(k: int, f: Tensor, g: Tensor) -> None:
         f_history[:, k], g_history[:, k] = f, g
 
-    result = sinkhorn_hadamard(
-        x=x,
-        y=y,
-        a=a,
-        b=b,
-        x_lengths=x_lengths,
-        y_lengths=y_lengths,
-        cost_matrix=cost_matrix,
-        eps=eps,
-        cost=cost,
-        cost_scale=cost_scale,
-        n_iters=n_iters,
-        tol=tol,
-        rho_x=rho_x,
-        rho_y=rho_y,
-        record=None if f_history is None else record,
-    )
-    for name, value in result._asdict().items():
-        if outputs[name] is not None:
-            outputs[name].copy_(value)
+    result = sinkhorn_hadamard(**arguments, record=None if f_history is None else record)
+    for target, value in zip(targets.values(), result, strict=True):
+        if target is not None:
+            target.copy_(value)
 
 
 @torch.no_grad()
