@@ -17,7 +17,8 @@ using Optional = std::optional<TensorView>;
 
 namespace {
 
-TensorView make_view(uintptr_t address, int dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
+TensorView make_view(uintptr_t address, int dtype, const std::vector<int64_t>& size,
+                     const std::vector<int64_t>& stride) {
     if (size.size() > kMaxDims || size.size() != stride.size()) throw std::invalid_argument("TensorView: bad rank");
     TensorView view;
     view.data = reinterpret_cast<void*>(address);
@@ -79,18 +80,22 @@ void bind_selective_scan(py::module_& m) {
         "selective_scan_forward_cuda",
         [](TensorView u, TensorView delta, TensorView A, TensorView B, TensorView C, Optional D, Optional z,
            Optional delta_bias, bool delta_softplus, bool reverse, Optional lengths, Optional seq_idx,
-           Optional initial_state, TensorView out, TensorView final_state, uintptr_t stream) {
+           Optional initial_state, TensorView out, TensorView final_state, Optional workspace, uintptr_t stream) {
             SelectiveScanForward p;
             p.u = u, p.delta = delta, p.A = A, p.B = B, p.C = C, p.D = given(D), p.z = given(z);
             p.delta_bias = given(delta_bias), p.lengths = given(lengths), p.seq_idx = given(seq_idx);
             p.initial_state = given(initial_state), p.delta_softplus = delta_softplus, p.reverse = reverse;
-            p.out = out, p.final_state = final_state, p.stream = reinterpret_cast<void*>(stream);
+            p.out = out, p.final_state = final_state, p.workspace = given(workspace),
+            p.stream = reinterpret_cast<void*>(stream);
             const char* failure = cuda::selective_scan_forward(p);
             if (failure) throw std::runtime_error(std::string("selective_scan (cuda): ") + failure);
         },
         py::kw_only(), py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"),
         py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("reverse"), py::arg("lengths"),
-        py::arg("seq_idx"), py::arg("initial_state"), py::arg("out"), py::arg("final_state"), py::arg("stream"));
+        py::arg("seq_idx"), py::arg("initial_state"), py::arg("out"), py::arg("final_state"),
+        py::arg("workspace") = std::nullopt, py::arg("stream"));
+    m.def("selective_scan_workspace_cuda", &cuda::selective_scan_workspace, py::kw_only(), py::arg("batch"),
+          py::arg("dim"), py::arg("groups"), py::arg("length"), py::arg("state"));
 }
 #endif
 

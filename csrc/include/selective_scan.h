@@ -13,13 +13,20 @@ struct SelectiveScanForward {
     bool reverse = false;
     // Outputs, preallocated: out (B,D,L); final_state (B,D,N).
     TensorView out, final_state;
-    int num_threads = 1;      // CPU
-    void* stream = nullptr;   // CUDA
+    TensorView workspace;    // CUDA: what selective_scan_workspace asks for, or absent: one pass over the time axis
+    int num_threads = 1;     // CPU
+    void* stream = nullptr;  // CUDA
 };
+
+// Groups into which a B or C divides the channels.
+inline int scan_groups(const TensorView& matrix) { return matrix.ndim == 4 ? static_cast<int>(matrix.size[1]) : 1; }
 
 namespace cuda {
 // Returns nullptr, or what the launch failed with.
 const char* selective_scan_forward(const SelectiveScanForward& params);
+// Elements of the compute dtype that let the time axis run in parallel; 0 where that would not be faster on the
+// current device. `groups`: the least common multiple of those of B and C. Results are bitwise the same without.
+int64_t selective_scan_workspace(int64_t batch, int64_t dim, int64_t groups, int64_t length, int64_t state);
 }  // namespace cuda
 
 }  // namespace parrot

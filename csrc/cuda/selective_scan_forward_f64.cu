@@ -1,0 +1,12 @@
+// One file per dtype, so that they compile in parallel.
+#include "selective_scan_forward.cuh"
+
+namespace parrot {
+namespace cuda {
+
+const char* selective_scan_forward_f64(const SelectiveScanForward& params) {
+    return scan_forward_launch<double>(params);
+}
+
+}  // namespace cuda
+}  // namespace parrot

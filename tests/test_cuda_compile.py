@@ -1,0 +1,169 @@
+"""The CUDA sources without a device: nvcc accepts them for every architecture without warnings or spills, and run
+thread by thread on the host (cuda_emulation.h) they agree with the fp64 reference."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_selective_scan import CASES, EVERYTHING, make
+from tolerances import assert_close
+
+from parrot_kernels import native
+from parrot_kernels.ops.selective_scan import CHUNK_SIZE
+from parrot_kernels.reference import selective_scan as reference
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_HOME / "bin")
+KERNEL_FILES = sorted((SOURCES / "cuda").glob("*.cu"))
+ARCHITECTURES = (80, 90)
+
+pytestmark = pytest.mark.skipif(not SOURCES.exists(), reason="needs the sources of the extension")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc (on PATH or under CUDA_HOME)")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda path: path.stem)
+def test_compiles_without_warnings_or_spills(source, architecture, tmp_path):
+    command = [NVCC, "-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v,-warn-spills,-Werror"]
+    command += [f"-arch=sm_{architecture}", f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'cuda'}"]
+    result = subprocess.run(
+        [*command, "-cubin", "-o", tmp_path / "kernels.cubin", source], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    spilled = re.findall(r"(\d+) bytes spill stores", result.stderr)
+    assert all(int(size) == 0 for size in spilled), result.stderr
+    if "selective_scan_forward_" in source.stem:
+        assert spilled, "ptxas reported no kernel"
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The extension with its CUDA kernels emulated, as a module."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("g++")
+    toolkit = next((path for path in _toolkits() if (path / "cuda_bf16.h").exists()), None)
+    if compiler is None or toolkit is None:
+        pytest.skip("needs g++ and the headers of the CUDA toolkit")
+    library = tmp_path_factory.mktemp("emulation") / "_C.so"
+    include = [SOURCES, SOURCES / "include", SOURCES / "cuda", SOURCES / "cpu", toolkit, pybind11.get_include()]
+    include.append(Path(sys.base_prefix) / "include" / f"python3.{sys.version_info.minor}")
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+    command += [f"-I{path}" for path in include]
+    source = Path(__file__).with_name("cuda_emulation.cpp")
+    subprocess.run([*command, source, "-o", library], check=True, capture_output=True, text=True)
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+    loader.exec_module(module)
+    return module
+
+
+def _toolkits():
+    if NVCC is not None:
+        yield Path(NVCC).resolve().parents[1] / "include"
+    yield CUDA_HOME / "include"
+
+
+def run(module, inputs, options, monkeypatch, multiprocessors=0):
+    """(out, final_state) of the emulated kernel; with multiprocessors > 0 as a device that wide would run it."""
+    monkeypatch.setenv("PARROT_EMULATED_MULTIPROCESSORS", str(multiprocessors))
+    u, A = inputs["u"], inputs["A"]
+    (batch, dim, length), states = u.shape, A.shape[1]
+    compute = torch.float64 if u.dtype == torch.float64 else torch.float32
+    out = torch.full_like(u, torch.nan)
+    final_state = torch.full((batch, dim, states), torch.nan, dtype=compute)
+    groups = max((inputs[name].shape[1] for name in "BC" if inputs[name].dim() == 4), default=1)
+    size = module.selective_scan_workspace_cuda(batch=batch, dim=dim, groups=groups, length=length, state=states)
+    arguments = {**inputs, **options, "out": out, "final_state": final_state}
+    arguments["workspace"] = torch.full((size,), torch.nan, dtype=compute) if size else None
+    views = {name: native._convert(module, value) for name, value in arguments.items()}
+    module.selective_scan_forward_cuda(**views, stream=0)
+    return out, final_state, size
+
+
+def expected(inputs, options):
+    inputs = {name: None if t is None else t.double() for name, t in inputs.items()}
+    (batch, dim, length), states = inputs["u"].shape, inputs["A"].shape[1]
+    out = torch.empty(batch, dim, length, dtype=torch.float64)
+    final_state = torch.empty(batch, dim, states, dtype=torch.float64)
+    reference.forward(**inputs, **options, chunk_size=CHUNK_SIZE, out=out, final_state=final_state)
+    return out, final_state
+
+
+def check(module, inputs, options, monkeypatch, multiprocessors=0):
+    want = expected(inputs, options)
+    if options["lengths"] is not None:  # what padding holds must not matter
+        padding = torch.arange(inputs["u"].shape[2]) >= options["lengths"].unsqueeze(1)
+        for name in ("u", "delta", "z", "B", "C"):
+            t = inputs[name]
+            if t is not None and t.dim() > 2:
+                mask = padding.view(padding.shape[0], *(1,) * (t.dim() - 2), -1)
+                inputs[name] = t.masked_fill(mask, torch.nan)
+    out, final_state, size = run(module, inputs, options, monkeypatch, multiprocessors)
+    assert_close(out, want[0], "scan", "out")
+    assert_close(final_state, want[1], "scan", "final_state")
+    return out, final_state, size
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(k for k, v in case.items() if v))
+def test_options(emulated, case, monkeypatch):
+    inputs, options = make(case, dtype=torch.float32)
+    check(emulated, inputs, options, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("states", [1, 8, 16, 24, 32, 37, 64, 70])
+def test_state_sizes_and_dtypes(emulated, dtype, states, monkeypatch):
+    inputs, options = make(EVERYTHING, batch=2, dim=105, length=45, states=states, dtype=dtype)
+    check(emulated, inputs, options, monkeypatch)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 31, 32, 33, 64, 256, 257, 515])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_lengths(emulated, length, reverse, monkeypatch):
+    inputs, options = make(
+        {**EVERYTHING, "reverse": reverse}, batch=2, dim=3, length=length, states=16, dtype=torch.float32
+    )
+    check(emulated, inputs, options, monkeypatch)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "mixed"])
+def test_layouts(emulated, layout, monkeypatch):
+    inputs, options = make({**EVERYTHING, "lengths": False}, dim=66, length=70, states=16, dtype=torch.float32)
+    names = ("u", "z") if layout == "mixed" else ("u", "delta", "z", "B", "C")
+    for name in names:
+        t = inputs[name]
+        inputs[name] = t.repeat_interleave(2, -1)[..., ::2] if layout == "sliced" else t.mT.contiguous().mT
+    check(emulated, inputs, options, monkeypatch)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_parallel_chunks_are_bitwise_the_same(emulated, packed, reverse, monkeypatch):
+    case = {**EVERYTHING, "seq_idx": packed, "reverse": reverse}
+    inputs, options = make(case, batch=2, dim=6, length=1100, states=24, dtype=torch.float32)
+    if packed:
+        options["seq_idx"] = options["seq_idx"] // 60
+    alone = check(emulated, inputs, options, monkeypatch)
+    assert alone[2] == 0
+    for multiprocessors in (12, 100):
+        parallel = check(emulated, inputs, options, monkeypatch, multiprocessors)
+        assert parallel[2] > 0
+        assert torch.equal(parallel[0], alone[0])
+        assert torch.equal(parallel[1], alone[1])
+
+
+def test_underflowing_states(emulated, monkeypatch):
+    inputs, options = make(EVERYTHING, length=40, states=16, dtype=torch.float32)
+    inputs["delta"] = inputs["delta"] * 1e4
+    check(emulated, inputs, options, monkeypatch)
