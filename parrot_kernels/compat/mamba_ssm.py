@@ -1,0 +1,503 @@
+"""The Mamba-1 functions of mamba-ssm (2.x), keyword for keyword, on any device and without its extension.
+
+`parrot_kernels.compat.install` makes them importable as ``mamba_ssm``. Beyond the original: any strides and state
+size, and gradients of the last state, which the original ignores. Complex A raises.
+
+Also the entry points of the forks behind Vim, SSAMBA and VideoMamba: `mamba_inner_fn_no_out_proj` and
+`bimamba_inner_fn`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import modules
+from ..ops import selective_scan as ops
+from ..ops.causal_conv1d import causal_conv1d
+from ..reference import selective_scan as reference
+from .causal_conv1d import causal_conv1d_ref
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan; see `parrot_kernels.selective_scan`.
+
+    Args:
+        u, delta, z: (batch, dim, seqlen). Unlike in the original their dtypes may differ; out has that of u.
+        A: (dim, dstate), real.
+        B, C: (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen).
+        D, delta_bias: (dim,).
+        delta_softplus: apply softplus to delta + delta_bias.
+        return_last_state: return (out, last_state), the latter (batch, dim, dstate) in fp32 (fp64 for fp64).
+    """
+    out, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (out, last_state) if return_last_state else out
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan_fn` as a plain step loop in PyTorch that autograd goes through."""
+    out, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (out, last_state) if return_last_state else out
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One step of the scan; ``state`` is updated in place.
+
+    Args:
+        state: (batch, dim, dstate) or (batch, nheads, dim, dstate).
+        x, dt, z: (batch, dim) or (batch, nheads, dim).
+        A: (dim, dstate) or (nheads, dim, dstate).
+        B, C: (batch, dstate) or (batch, ngroups, dstate).
+        D, dt_bias: (dim,) or (nheads, dim).
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_batch_indices: (batch,), int; the entry of ``state`` that belongs to each row of x.
+
+    Returns:
+        out, of the shape and dtype of x.
+    """
+    shape, dstate = x.shape, state.shape[-1]
+    rows = state if state_batch_indices is None else state[state_batch_indices]
+    dtype = _common_dtype(x, dt, B, C, z)
+
+    def flat(t: Tensor | None, *shape: int) -> Tensor | None:  # heads and channels are one dimension of ours
+        return None if t is None else t.reshape(*shape)
+
+    out, new_rows = ops.selective_state_update(
+        flat(rows, shape[0], -1, dstate),
+        flat(x, shape[0], -1).to(dtype),
+        flat(dt, shape[0], -1).to(dtype),
+        flat(A, -1, dstate),
+        B.to(dtype),
+        C.to(dtype),
+        flat(D, -1),
+        None if z is None else flat(z, shape[0], -1).to(dtype),
+        flat(dt_bias, -1),
+        dt_softplus,
+    )
+    with torch.no_grad():
+        new_rows = new_rows.view(rows.shape)
+        if state_batch_indices is None:
+            state.copy_(new_rows)
+        else:
+            state[state_batch_indices] = new_rows
+    return out.view(shape).to(x.dtype)
+
+
+def selective_state_update_ref(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """`selective_state_update` through one step of `selective_scan_ref`'s formula, for states without heads."""
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    dt = (F.softplus(dt) if dt_softplus else dt).unsqueeze(-1)
+    B, C = B.float().unsqueeze(1), C.float().unsqueeze(1)
+    state.copy_(torch.exp(dt * A.float()) * state.float() + dt * B * x.float().unsqueeze(-1))
+    out = (state.float() * C).sum(-1) + (0 if D is None else D.float() * x.float())
+    return (out if z is None else out * F.silu(z.float())).to(x.dtype)
+
+
+def mamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """A Mamba block after its input projection: convolution, projections to delta, B and C, scan, output projection.
+
+    Args:
+        xz: (batch, 2 dim, seqlen), the output of the input projection.
+        conv1d_weight: (dim, 1, width).
+        conv1d_bias: (dim,).
+        x_proj_weight: (rank + dstate for each of B, C that is not given, dim).
+        delta_proj_weight: (dim, rank).
+        out_proj_weight, out_proj_bias: (width of the model, dim), (width of the model,).
+        A, D, delta_bias, delta_softplus: as in `selective_scan_fn`.
+        B, C: constant, or None: projected from the input.
+        B_proj_bias, C_proj_bias: (dstate,), added to what is projected.
+        checkpoint_lvl: accepted; here autograd keeps the inputs of each op, whatever the level.
+        b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps: normalise B, C and the low-rank delta (FalconMamba).
+
+    Returns:
+        (batch, seqlen, width of the model).
+    """
+    del checkpoint_lvl
+    norms = [
+        None if w is None else functools.partial(_rms_norm, weight=w, eps=b_c_dt_rms_eps)
+        for w in (b_rms_weight, c_rms_weight, dt_rms_weight)
+    ]
+    u, delta, z, B, C = _inner_inputs(
+        _convolve,
+        xz,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        A,
+        B,
+        C,
+        B_proj_bias,
+        C_proj_bias,
+        *norms,
+    )
+    y = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return _out_projection(y, out_proj_weight, out_proj_bias)
+
+
+def mamba_inner_ref(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """`mamba_inner_fn` from `causal_conv1d_ref` and `selective_scan_ref`."""
+    convolve = functools.partial(causal_conv1d_ref, activation="silu")
+    u, delta, z, B, C = _inner_inputs(
+        convolve, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    y = selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return _out_projection(y, out_proj_weight, out_proj_bias)
+
+
+def mamba_inner_fn_no_out_proj(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """`mamba_inner_fn` without the output projection: (batch, dim, seqlen)."""
+    u, delta, z, B, C = _inner_inputs(
+        _convolve, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def bimamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    A_b: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """`mamba_inner_fn` with a second scan from the end, of its own A (Vim's bidirectional block, version 1)."""
+    u, delta, z, B, C = _inner_inputs(
+        _convolve, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    )
+    shared = B, C, D, z, delta_bias, delta_softplus
+    forth, _ = _scan(u, delta, A, *shared)
+    back, _ = _scan(u, delta, A_b, *shared, reverse=True)
+    return _out_projection(forth + back, out_proj_weight, out_proj_bias)
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The op for activations of mixed dtypes, as autocast makes them: run in the widest, out in that of u."""
+    per_step = [u, delta, z, *(m for m in (B, C) if m.dim() > 2)]
+    dtype = _common_dtype(*per_step)
+    B, C = (m.to(dtype) if m.dim() > 2 else m for m in (B, C))
+    z = None if z is None else z.to(dtype)
+    out, last_state = ops.selective_scan(
+        u.to(dtype),
+        delta.to(dtype),
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        reverse=reverse,
+        return_final_state=True,
+    )
+    return out.to(u.dtype), last_state
+
+
+Normalise = Callable[[Tensor], Tensor]
+
+
+def _inner_inputs(
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    B_proj_bias: Tensor | None,
+    C_proj_bias: Tensor | None,
+    normalise_B: Normalise | None = None,
+    normalise_C: Normalise | None = None,
+    normalise_dt: Normalise | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u, delta, z, B, C of the scan inside a Mamba block."""
+    x, z = xz.chunk(2, dim=1)
+    u = convolve(x, conv1d_weight.squeeze(1), conv1d_bias)
+    rank, states = delta_proj_weight.shape[1], A.shape[1]
+    projected = F.linear(u.transpose(1, 2), x_proj_weight)  # (batch, seqlen, ...)
+
+    def per_step(low_rank: Tensor, bias: Tensor | None, normalise: Normalise | None) -> Tensor:
+        low_rank = low_rank if bias is None else low_rank + bias.to(low_rank.dtype)
+        return (low_rank if normalise is None else normalise(low_rank)).transpose(1, 2)
+
+    dt = projected[..., :rank] if normalise_dt is None else normalise_dt(projected[..., :rank])
+    delta = F.linear(dt, delta_proj_weight).transpose(1, 2)
+    if B is None:
+        B = per_step(projected[..., rank : rank + states], B_proj_bias, normalise_B)
+    if C is None:
+        C = per_step(projected[..., -states:], C_proj_bias, normalise_C)
+    return u, delta, z, B, C
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return causal_conv1d(x, weight, bias, "silu")
+
+
+def _out_projection(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(y.transpose(1, 2), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    wide = x.float() if x.dtype != torch.float64 else x
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normal if weight is None else normal * weight).to(x.dtype)
+
+
+def layer_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm (or RMS norm) of x + residual in the dtype of x; with ``prenorm`` also that sum.
+
+    Plain PyTorch; here so that models written for mamba-ssm's fused one run.
+    """
+    total = x if residual is None else x + residual
+    if residual_in_fp32:
+        total = total.float()
+    wide = total.float() if total.dtype != torch.float64 else total
+    if is_rms_norm:
+        out = _rms_norm(wide, weight, eps)
+        out = out if bias is None else out + bias
+    else:
+        out = F.layer_norm(
+            wide, wide.shape[-1:], weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype), eps
+        )
+    out = out.to(x.dtype)
+    return (out, total) if prenorm else out
+
+
+def rms_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`layer_norm_fn` without subtracting the mean."""
+    return layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last dimension, with the state dict of mamba-ssm's."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return rms_norm_fn(x, self.weight, self.bias, residual, self.eps, prenorm, residual_in_fp32)
+
+
+class Mamba(modules.Mamba):
+    """`parrot_kernels.modules.Mamba` behind the constructor and the forward of mamba-ssm's."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            dt_rank,
+            dt_min,
+            dt_max,
+            dt_init,
+            dt_scale,
+            dt_init_floor,
+            conv_bias,
+            bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
+
+    def forward(self, hidden_states: Tensor, inference_params: object | None = None) -> Tensor:
+        """(batch, seqlen, d_model) to the same; cached generation with ``inference_params`` is not supported."""
+        if inference_params is not None:
+            raise NotImplementedError(
+                "parrot_kernels' stand-in for mamba_ssm.Mamba runs whole sequences: `inference_params` must be None. "
+                "For cached generation use transformers with parrot_kernels.compat.transformers.enable()."
+            )
+        return super().forward(hidden_states)
+
+
+class GenerationMixin:
+    """Stands for ``mamba_ssm.utils.generation.GenerationMixin``, which encoders inherit without generating."""
+
+    def generate(self, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError(
+            "parrot_kernels' stand-in for mamba_ssm does not generate. Use transformers with "
+            "parrot_kernels.compat.transformers.enable()."
+        )
+
+
+def load_config_hf(model_name: str) -> None:
+    """Stands for ``mamba_ssm.utils.hf.load_config_hf``, so that modules that import it load."""
+    raise NotImplementedError(f"parrot_kernels' stand-in for mamba_ssm downloads nothing; load {model_name} yourself.")
+
+
+def load_state_dict_hf(model_name: str, device: object = None, dtype: object = None) -> None:
+    """Stands for ``mamba_ssm.utils.hf.load_state_dict_hf``, so that modules that import it load."""
+    raise NotImplementedError(f"parrot_kernels' stand-in for mamba_ssm downloads nothing; load {model_name} yourself.")

@@ -1,0 +1,163 @@
+"""Mamba-1 models of transformers on our kernels, for inference, training and cached generation, on any device.
+
+::
+
+    from parrot_kernels.compat import transformers as fast
+    fast.enable()                      # or: with fast.enabled(): ...
+
+transformers has had two designs. Since 5.16 its modelling files call module-level functions (``mamba_selective_scan``
+and others), which are replaced. Before, a mixer's ``forward`` chose between ``slow_forward`` and
+``cuda_kernels_forward``, written for mamba-ssm's functions; those are provided and ``forward`` takes the second on any
+device. Models made before and after `enable` are served alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import causal_conv1d, mamba_ssm
+
+MIXERS = {"mamba": "MambaMixer", "falcon_mamba": "FalconMambaMixer", "jamba": "JambaMambaMixer"}
+
+_ABSENT = object()
+_replaced: list[tuple[Any, str, Any]] = []  # (owner, attribute, value before)
+
+
+def enable() -> None:
+    """Make Mamba, FalconMamba and Jamba models use parrot_kernels. Does nothing when they already do."""
+    if _replaced:
+        return
+    for model, mixer_name in MIXERS.items():
+        modeling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        if hasattr(modeling, "mamba_selective_scan"):
+            functions = _FUNCTIONS
+        else:
+            functions = _KERNELS | {
+                "is_fast_path_available": True,
+                "lazy_load_kernel": _lazy_load_kernel(modeling),
+                "_lazy_load_causal_conv1d": lambda: (_convolution_step, _convolution),
+            }
+            mixer = getattr(modeling, mixer_name)
+            _replace(mixer, "forward", _kernel_forward(mixer))
+        for name, function in functions.items():
+            _replace(modeling, name, function)
+
+
+def disable() -> None:
+    """Undo `enable`."""
+    while _replaced:
+        owner, name, value = _replaced.pop()
+        if value is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
+    """`enable` inside a ``with`` block; afterwards all is as it was before it."""
+    was_enabled = bool(_replaced)
+    enable()
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            disable()
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    # transformers 5.0 - 5.15 sets the kernels' names to None when it first makes a mixer: that is their value before
+    before = vars(owner).get(name, None if name in _KERNELS else _ABSENT)
+    _replaced.append((owner, name, before))
+    setattr(owner, name, value)
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+) -> Tensor:
+    return _activated(causal_conv1d.causal_conv1d_fn, activation, x, weight, bias)
+
+
+def _convolution_step(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    return _activated(causal_conv1d.causal_conv1d_update, activation, x, conv_state, weight, bias)
+
+
+def _activated(convolve: Callable[..., Tensor], activation: str | None, *arguments: Any) -> Tensor:
+    if activation in (None, "silu", "swish"):
+        return convolve(*arguments, activation=activation)
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[activation](convolve(*arguments))
+
+
+def _scan(*arguments: Any, use_mambapy: bool = False, use_associative_scan: bool = False, **options: Any) -> Any:
+    del use_mambapy, use_associative_scan  # which of its own slow paths transformers would take
+    return mamba_ssm.selective_scan_fn(*arguments, **options)
+
+
+def _no_fused_block(*arguments: Any, **options: Any) -> None:
+    """None tells the mixer to compose the block from the other functions, which also respects the padding mask."""
+
+
+_FUNCTIONS = {
+    "causal_conv1d_fn": _convolution,
+    "causal_conv1d_update": _convolution_step,
+    "mamba_inner_fn": _no_fused_block,
+    "mamba_selective_scan": _scan,
+    "mamba_selective_state_update": mamba_ssm.selective_state_update,
+}
+_KERNELS = {
+    "causal_conv1d_fn": _convolution,
+    "causal_conv1d_update": _convolution_step,
+    "mamba_inner_fn": mamba_ssm.mamba_inner_fn,
+    "selective_scan_fn": mamba_ssm.selective_scan_fn,
+    "selective_state_update": mamba_ssm.selective_state_update,
+}
+
+
+def _lazy_load_kernel(modeling: ModuleType) -> Callable[..., Any]:
+    """transformers 5.0 - 5.15 look the kernels up again whenever a mixer is made."""
+    original = getattr(modeling, "lazy_load_kernel", None)
+    step = SimpleNamespace(selective_state_update=mamba_ssm.selective_state_update)
+    kernels = SimpleNamespace(**_KERNELS, ops=SimpleNamespace(triton=SimpleNamespace(selective_state_update=step)))
+
+    def load(name: str, *arguments: Any, **options: Any) -> Any:
+        return kernels if name in ("causal-conv1d", "mamba-ssm") else original(name, *arguments, **options)
+
+    return load
+
+
+class _Composed:
+    """A mixer that says it is not training: its kernel path then skips the fused block, which ignores the mask."""
+
+    training = False
+
+    def __init__(self, mixer: nn.Module) -> None:
+        self._mixer = mixer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mixer, name)
+
+
+def _kernel_forward(mixer_class: type[nn.Module]) -> Callable[..., Tensor]:
+    original, kernel_path = mixer_class.forward, mixer_class.cuda_kernels_forward
+    accepted = inspect.signature(kernel_path).parameters
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        if self.activation not in ("silu", "swish"):  # the kernels gate with silu, whatever the configuration says
+            return self.slow_forward(*arguments, **options)
+        options = {name: value for name, value in options.items() if name in accepted}
+        return kernel_path(_Composed(self), *arguments, **options)
+
+    return forward
