@@ -184,12 +184,11 @@ def causal_conv1d_update_ref(
             -1
         )
     size, width = conv_state.shape[-1], weight.shape[1]
-    rows = torch.arange(x.shape[0], device=x.device)
-    lines = (
-        [conv_state[rows, :, (cache_seqlens + s) % size] for s in range(1 - width, 0)]
-        if (cache_seqlens is not None)
-        else list(conv_state.unbind(-1))[size - (width - 1) :]
-    )
+    rows, before = torch.arange(x.shape[0], device=x.device), conv_state.clone()
+    if cache_seqlens is None:
+        lines = list(before.unbind(-1))[size - (width - 1) :]
+    else:
+        lines = [before[rows, :, (cache_seqlens + s) % size] for s in range(1 - width, 0)]
     outs = []
     for s, step in enumerate(x.unbind(-1)):
         lines.append(step)

@@ -7,7 +7,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import causal_conv1d, mamba_ssm
+from . import causal_conv1d, mamba_layers, mamba_ssm
 
 _SCAN = (
     "selective_scan_fn",
@@ -22,9 +22,9 @@ _CONVOLUTION = ("causal_conv1d_fn", "causal_conv1d_ref", "causal_conv1d_update",
 _STATES = ("causal_conv1d_varlen_states", "causal_conv1d_varlen_states_ref")
 
 # package -> (where the names live, the version whose signatures they have, module -> names)
-_PACKAGES: dict[str, tuple[ModuleType, str, dict[str, tuple[str, ...]]]] = {
+_PACKAGES: dict[str, tuple[tuple[ModuleType, ...], str, dict[str, tuple[str, ...]]]] = {
     "mamba_ssm": (
-        mamba_ssm,
+        (mamba_ssm, mamba_layers),
         "2.2.4",
         {
             "mamba_ssm": ("selective_scan_fn", "mamba_inner_fn", "Mamba"),
@@ -42,7 +42,7 @@ _PACKAGES: dict[str, tuple[ModuleType, str, dict[str, tuple[str, ...]]]] = {
         },
     ),
     "causal_conv1d": (
-        causal_conv1d,
+        (causal_conv1d,),
         "1.5.0",
         {
             "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"),
@@ -97,16 +97,18 @@ def _original_exists(package: str) -> bool:
 
 
 def _create(package: str) -> None:
-    source, version, contents = _PACKAGES[package]
+    sources, version, contents = _PACKAGES[package]
+    origin = sources[0].__name__
+    members_of_all = {name: value for source in sources for name, value in vars(source).items()}
     for name, members in contents.items():
-        module = ModuleType(name, f"Served by {source.__name__}.")
+        module = ModuleType(name, f"Served by {origin}.")
         is_package = any(other.startswith(f"{name}.") for other in contents)
-        module.__spec__ = ModuleSpec(name, loader=None, origin=source.__name__, is_package=is_package)
+        module.__spec__ = ModuleSpec(name, loader=None, origin=origin, is_package=is_package)
         module.__package__ = name if is_package else name.rpartition(".")[0]
         if is_package:
             module.__path__ = []
         for member in members:
-            setattr(module, member, getattr(source, member))
+            setattr(module, member, members_of_all[member])
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
         if parent:

@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import modules
 from ..ops import selective_scan as ops
 from ..ops.causal_conv1d import causal_conv1d
 from ..reference import selective_scan as reference
 from .causal_conv1d import causal_conv1d_ref
+from .mamba_layers import rms_norm
 
 
 def selective_scan_fn(
@@ -184,7 +184,7 @@ def mamba_inner_fn(
     """
     del checkpoint_lvl
     norms = [
-        None if w is None else functools.partial(_rms_norm, weight=w, eps=b_c_dt_rms_eps)
+        None if w is None else functools.partial(rms_norm, weight=w, eps=b_c_dt_rms_eps)
         for w in (b_rms_weight, c_rms_weight, dt_rms_weight)
     ]
     u, delta, z, B, C = _inner_inputs(
@@ -362,142 +362,3 @@ def _out_projection(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
-
-
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    wide = x.float() if x.dtype != torch.float64 else x
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normal if weight is None else normal * weight).to(x.dtype)
-
-
-def layer_norm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    eps: float = 1e-6,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    is_rms_norm: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer norm (or RMS norm) of x + residual in the dtype of x; with ``prenorm`` also that sum.
-
-    Plain PyTorch; here so that models written for mamba-ssm's fused one run.
-    """
-    total = x if residual is None else x + residual
-    if residual_in_fp32:
-        total = total.float()
-    wide = total.float() if total.dtype != torch.float64 else total
-    if is_rms_norm:
-        out = _rms_norm(wide, weight, eps)
-        out = out if bias is None else out + bias
-    else:
-        out = F.layer_norm(
-            wide, wide.shape[-1:], weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype), eps
-        )
-    out = out.to(x.dtype)
-    return (out, total) if prenorm else out
-
-
-def rms_norm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    eps: float = 1e-6,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`layer_norm_fn` without subtracting the mean."""
-    return layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True)
-
-
-class RMSNorm(nn.Module):
-    """RMS norm over the last dimension, with the state dict of mamba-ssm's."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
-
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return rms_norm_fn(x, self.weight, self.bias, residual, self.eps, prenorm, residual_in_fp32)
-
-
-class Mamba(modules.Mamba):
-    """`parrot_kernels.modules.Mamba` behind the constructor and the forward of mamba-ssm's."""
-
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: float = 2,
-        dt_rank: int | str = "auto",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        conv_bias: bool = True,
-        bias: bool = False,
-        use_fast_path: bool = True,
-        layer_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            d_model,
-            d_state,
-            d_conv,
-            expand,
-            dt_rank,
-            dt_min,
-            dt_max,
-            dt_init,
-            dt_scale,
-            dt_init_floor,
-            conv_bias,
-            bias,
-            device=device,
-            dtype=dtype,
-        )
-        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
-
-    def forward(self, hidden_states: Tensor, inference_params: object | None = None) -> Tensor:
-        """(batch, seqlen, d_model) to the same; cached generation with ``inference_params`` is not supported."""
-        if inference_params is not None:
-            raise NotImplementedError(
-                "parrot_kernels' stand-in for mamba_ssm.Mamba runs whole sequences: `inference_params` must be None. "
-                "For cached generation use transformers with parrot_kernels.compat.transformers.enable()."
-            )
-        return super().forward(hidden_states)
-
-
-class GenerationMixin:
-    """Stands for ``mamba_ssm.utils.generation.GenerationMixin``, which encoders inherit without generating."""
-
-    def generate(self, *args: object, **kwargs: object) -> None:
-        raise NotImplementedError(
-            "parrot_kernels' stand-in for mamba_ssm does not generate. Use transformers with "
-            "parrot_kernels.compat.transformers.enable()."
-        )
-
-
-def load_config_hf(model_name: str) -> None:
-    """Stands for ``mamba_ssm.utils.hf.load_config_hf``, so that modules that import it load."""
-    raise NotImplementedError(f"parrot_kernels' stand-in for mamba_ssm downloads nothing; load {model_name} yourself.")
-
-
-def load_state_dict_hf(model_name: str, device: object = None, dtype: object = None) -> None:
-    """Stands for ``mamba_ssm.utils.hf.load_state_dict_hf``, so that modules that import it load."""
-    raise NotImplementedError(f"parrot_kernels' stand-in for mamba_ssm downloads nothing; load {model_name} yourself.")

@@ -119,6 +119,7 @@ _FUNCTIONS = {
 _KERNELS = {
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _convolution_step,
+    "falcon_mamba_inner_fn": mamba_ssm.mamba_inner_fn,
     "mamba_inner_fn": mamba_ssm.mamba_inner_fn,
     "selective_scan_fn": mamba_ssm.selective_scan_fn,
     "selective_state_update": mamba_ssm.selective_state_update,
@@ -132,7 +133,8 @@ def _lazy_load_kernel(modeling: ModuleType) -> Callable[..., Any]:
     kernels = SimpleNamespace(**_KERNELS, ops=SimpleNamespace(triton=SimpleNamespace(selective_state_update=step)))
 
     def load(name: str, *arguments: Any, **options: Any) -> Any:
-        return kernels if name in ("causal-conv1d", "mamba-ssm") else original(name, *arguments, **options)
+        ours = name in ("causal-conv1d", "mamba-ssm", "falcon_mamba-ssm")
+        return kernels if ours else original(name, *arguments, **options)
 
     return load
 

@@ -1,0 +1,154 @@
+"""What mamba-ssm has beside its functions and third-party models import: norms, the Mamba module, a few names.
+
+`parrot_kernels.compat.install` makes them importable as ``mamba_ssm.ops.triton.layer_norm`` and so on.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import modules
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 at least, in the dtype of x."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def layer_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm (or RMS norm) of x + residual, in the dtype of x; with ``prenorm`` also that sum.
+
+    The sum has the dtype of the residual; without one that of x, or fp32 with ``residual_in_fp32``. Plain PyTorch,
+    so that models written for mamba-ssm's fused kernel run.
+    """
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    total = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
+    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    if is_rms_norm:
+        out = rms_norm(total, weight, eps) if bias is None else rms_norm(total, weight, eps) + bias
+    else:
+        out = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    kept = residual.dtype if residual is not None else wide if residual_in_fp32 else x.dtype
+    return (out.to(x.dtype), total.to(kept)) if prenorm else out.to(x.dtype)
+
+
+def rms_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`layer_norm_fn` without subtracting the mean."""
+    return layer_norm_fn(
+        x, weight, bias, residual, eps=eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=True
+    )
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last dimension, with the state dict of mamba-ssm's."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return rms_norm_fn(
+            x, self.weight, self.bias, residual, eps=self.eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32
+        )
+
+
+class Mamba(modules.Mamba):
+    """`parrot_kernels.modules.Mamba` behind the constructor and the forward of mamba-ssm's."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            dt_rank,
+            dt_min,
+            dt_max,
+            dt_init,
+            dt_scale,
+            dt_init_floor,
+            conv_bias,
+            bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
+
+    def forward(self, hidden_states: Tensor, inference_params: object | None = None) -> Tensor:
+        """(batch, seqlen, d_model) to the same; cached generation with ``inference_params`` is not supported."""
+        if inference_params is not None:
+            raise NotImplementedError(
+                "parrot_kernels' stand-in for mamba_ssm.Mamba runs whole sequences: `inference_params` must be None. "
+                "For cached generation use transformers with parrot_kernels.compat.transformers.enable()."
+            )
+        return super().forward(hidden_states)
+
+
+class GenerationMixin:
+    """Stands for ``mamba_ssm.utils.generation.GenerationMixin``, which encoders inherit without generating."""
+
+    def generate(self, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError(
+            "parrot_kernels' stand-in for mamba_ssm does not generate. Use transformers with "
+            "parrot_kernels.compat.transformers.enable()."
+        )
+
+
+def load_config_hf(model_name: str) -> None:
+    """Stands for ``mamba_ssm.utils.hf.load_config_hf``, so that modules that import it load."""
+    raise NotImplementedError(f"parrot_kernels' stand-in for mamba_ssm downloads nothing; load {model_name} yourself.")
+
+
+def load_state_dict_hf(model_name: str, device: object = None, dtype: object = None) -> None:
+    """Stands for ``mamba_ssm.utils.hf.load_state_dict_hf``, so that modules that import it load."""
+    raise NotImplementedError(f"parrot_kernels' stand-in for mamba_ssm downloads nothing; load {model_name} yourself.")

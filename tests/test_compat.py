@@ -1,0 +1,420 @@
+"""The stand-ins for mamba-ssm and causal-conv1d: signatures, values, gradients, in-place states, import names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scan_cases import pairwise
+from tolerances import assert_close
+
+from parrot_kernels import compat, modules
+from parrot_kernels.compat import causal_conv1d as conv
+from parrot_kernels.compat import mamba_layers
+from parrot_kernels.compat import mamba_ssm as mamba
+
+# As published: mamba-ssm 2.2.4, causal-conv1d 1.5.0; the last two from the fork behind Vim and SSAMBA.
+INNER = (
+    "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A B C D delta_bias "
+    "B_proj_bias C_proj_bias delta_softplus"
+)
+SIGNATURES = {
+    mamba.selective_scan_fn: "u delta A B C D z delta_bias delta_softplus return_last_state",
+    mamba.selective_scan_ref: "u delta A B C D z delta_bias delta_softplus return_last_state",
+    mamba.mamba_inner_fn: f"{INNER} checkpoint_lvl b_rms_weight c_rms_weight dt_rms_weight b_c_dt_rms_eps",
+    mamba.mamba_inner_ref: INNER,
+    mamba.selective_state_update: "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
+    conv.causal_conv1d_fn: ("x weight bias seq_idx initial_states return_final_states final_states_out activation"),
+    conv.causal_conv1d_ref: "x weight bias initial_states return_final_states final_states_out activation",
+    conv.causal_conv1d_update: "x conv_state weight bias activation cache_seqlens conv_state_indices",
+    conv.causal_conv1d_update_ref: "x conv_state weight bias activation cache_seqlens",
+    conv.causal_conv1d_varlen_states: "x cu_seqlens state_len",
+    mamba.bimamba_inner_fn: INNER.replace(" A ", " A A_b "),
+    mamba.mamba_inner_fn_no_out_proj: INNER.replace("out_proj_weight out_proj_bias ", ""),
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__name__)
+def test_signature(function):
+    assert list(inspect.signature(function).parameters) == SIGNATURES[function].split()
+
+
+def gradients(out, leaves, grad):
+    return torch.autograd.grad(out, [t for t in leaves if t is not None], grad)
+
+
+def channels_last(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+CONVOLUTIONS = {
+    "seqlen": (1, 2, 8, 151),
+    "width": (2, 3, 4),
+    "bias": (False, True),
+    "activation": (None, "silu"),
+    "initial": (False, True),
+    "final": (False, True),
+    "last": (False, True),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", list(pairwise(CONVOLUTIONS)), ids=str)
+def test_convolution(case):
+    dtype, width = case["dtype"], case["width"]
+    x = torch.randn(2, 20, case["seqlen"], dtype=dtype)[:, 4:14]
+    x = (channels_last(x) if case["last"] else x).requires_grad_()
+    weight = torch.randn(10, width, requires_grad=True)
+    bias = torch.randn(10, requires_grad=True) if case["bias"] else None
+    initial = torch.randn(2, 10, width - 1, dtype=dtype, requires_grad=True) if case["initial"] else None
+    leaves, results = [x, weight, bias, initial], []
+    for function in (conv.causal_conv1d_fn, conv.causal_conv1d_ref):
+        out = function(
+            x,
+            weight,
+            bias,
+            initial_states=initial,
+            return_final_states=case["final"],
+            activation=case["activation"],
+        )
+        if case["final"]:
+            out, final = out
+            assert final.shape == (2, 10, width - 1)
+            out = out + torch.sigmoid(final).sum(-1, keepdim=True)
+        assert out.dtype == dtype
+        results.append([out, *gradients(out, leaves, torch.ones_like(out))])
+    for i, (got, want) in enumerate(zip(*results, strict=True)):
+        # The original's own formula computes in half precision what we keep in fp32: two roundings of the output.
+        assert_close(got.to(dtype), want.to(dtype), "conv_grad", str(i), scale=4)
+
+
+def test_final_states_out_is_written_and_returned():
+    x, weight, room = torch.randn(2, 5, 9), torch.randn(5, 4), torch.full((2, 5, 3), float("nan"))
+    _, final = conv.causal_conv1d_fn(x, weight, return_final_states=True, final_states_out=room)
+    assert final is room
+    assert torch.equal(room, x[..., -3:])
+
+
+def test_packed_sequences_and_padding():
+    x = torch.randn(2, 6, 20, requires_grad=True)
+    weight, bias = torch.randn(6, 4), torch.randn(6)
+    pieces = [[7, 5, 4], [1, 12]]  # the rest is padding
+    seq_idx = torch.full((2, 20), -1, dtype=torch.int32)
+    want = torch.zeros_like(x)
+    for b, sizes in enumerate(pieces):
+        start = 0
+        for i, size in enumerate(sizes):
+            part = slice(start, start + size)
+            seq_idx[b, part] = i
+            want[b, :, part] = conv.causal_conv1d_ref(x.detach()[b : b + 1, :, part], weight, bias, activation="silu")
+            start += size
+    out = conv.causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx, activation="silu")
+    assert_close(out, want, "conv")
+    out.sum().backward()
+    padding = (seq_idx < 0).unsqueeze(1).expand_as(x)
+    assert (out[padding] == 0).all()
+    assert (x.grad[padding] == 0).all()
+
+
+UPDATES = {
+    "seqlen": (None, 1, 4, 5),
+    "width": (2, 3, 4),
+    "extra": (0, 1, 9),
+    "cache_seqlens": (False, True),
+    "indices": (None, "all", "padded"),
+    "bias": (False, True),
+    "activation": (None, "silu"),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", list(pairwise(UPDATES)), ids=str)
+def test_convolution_update(case):
+    batch, dim, dtype, width = 6, 10, case["dtype"], case["width"]
+    x = torch.randn(batch, dim, dtype=dtype)
+    if case["seqlen"] is not None:
+        x = channels_last(torch.randn(batch, dim, case["seqlen"], dtype=dtype))
+    entries = batch if case["indices"] is None else 10 * batch
+    state = channels_last(torch.randn(entries, dim, width - 1 + case["extra"], dtype=dtype))
+    weight, bias = torch.randn(dim, width), torch.randn(dim) if case["bias"] else None
+    seen = torch.randint(0, 100, (batch,), dtype=torch.int32) if case["cache_seqlens"] else None
+    indices = None if case["indices"] is None else torch.randperm(entries)[:batch].int()
+    valid = torch.ones(batch, dtype=torch.bool)
+    if case["indices"] == "padded":
+        valid[[0, 3]] = False
+        indices[~valid] = -1
+    rows = torch.arange(batch)[valid] if indices is None else indices[valid].long()
+
+    want_state, part = state.clone(), state[rows].clone()
+    want = torch.zeros_like(x)
+    want[valid] = conv.causal_conv1d_update_ref(
+        x[valid], part, weight, bias, case["activation"], None if seen is None else seen[valid]
+    )
+    want_state[rows] = part
+    got = conv.causal_conv1d_update(x, state, weight, bias, case["activation"], seen, indices)
+    assert_close(got, want, "conv", scale=4)
+    assert torch.equal(state, want_state)
+
+
+def test_convolution_update_needs_room():
+    with pytest.raises(ValueError, match="`conv_state` must hold at least width - 1 = 3 inputs; got 2"):
+        conv.causal_conv1d_update(torch.zeros(1, 2), torch.zeros(1, 2, 2), torch.zeros(2, 4))
+
+
+def test_varlen_states():
+    lengths = torch.randint(1, 32, (20,))
+    x, cu_seqlens = torch.randn(int(lengths.sum()), 7), F.pad(lengths.cumsum(0), (1, 0))
+    got = conv.causal_conv1d_varlen_states(x, cu_seqlens, 20)
+    assert got.shape == (20, 7, 20)
+    assert torch.equal(got, conv.causal_conv1d_varlen_states_ref(x, cu_seqlens, 20))
+    start, end = cu_seqlens[4:6].tolist()
+    assert torch.equal(got[4, :, -1], x[end - 1])
+    assert (got[4, :, : max(0, 20 - (end - start))] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("length", [1, 128, 372])
+def test_selective_scan(dtype, groups, length):
+    batch, dim, states = 2, 4, 8
+    matrix = (batch, states, length) if groups is None else (batch, groups, states, length)
+    leaves = [
+        torch.randn(batch, dim, length, dtype=dtype),
+        0.5 * torch.rand(batch, dim, length, dtype=dtype),
+        -0.5 * torch.rand(dim, states),
+        torch.randn(matrix, dtype=dtype),
+        torch.randn(matrix, dtype=dtype),
+        torch.randn(dim),
+        torch.randn(batch, dim, length, dtype=dtype),
+        0.5 * torch.rand(dim),
+    ]
+    leaves = [t.requires_grad_() for t in leaves]
+    results = []
+    for function in (mamba.selective_scan_fn, mamba.selective_scan_ref):
+        out, last_state = function(*leaves, delta_softplus=True, return_last_state=True)
+        assert out.dtype == dtype
+        assert last_state.dtype == torch.float32
+        total = out.float().sum() + last_state.square().sum()  # the gradient of the last state counts
+        results.append([out, last_state, *torch.autograd.grad(total, leaves)])
+    for i, (got, want) in enumerate(zip(*results, strict=True)):
+        assert_close(got, want, "scan_grad", str(i))
+    assert torch.equal(mamba.selective_scan_fn(*leaves, True), results[0][0])
+
+
+def test_mixed_dtypes_run_in_the_widest():
+    u, delta = torch.randn(2, 4, 9, dtype=torch.bfloat16), torch.rand(2, 4, 9)
+    A, B = -torch.rand(4, 8), torch.randn(2, 8, 9, dtype=torch.bfloat16)
+    out = mamba.selective_scan_fn(u, delta, A, B, B)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, mamba.selective_scan_fn(u.float(), delta, A, B.float(), B.float()).bfloat16())
+
+
+def test_complex_A_raises():
+    u = torch.randn(1, 2, 3)
+    with pytest.raises(TypeError, match="`A` must be real; got complex64"):
+        mamba.selective_scan_fn(u, u, torch.randn(2, 4, dtype=torch.complex64), torch.randn(2, 4), torch.randn(2, 4))
+
+
+def block(dim=12, states=8, rank=3, length=19, constant=(False, False), dtype=torch.float32):
+    """The arguments of `mamba_inner_fn`."""
+    projected = rank + states * (2 - sum(constant))
+    tensors = {
+        "xz": torch.randn(2, 2 * dim, length, dtype=dtype),
+        "conv1d_weight": torch.randn(dim, 1, 3, dtype=dtype),
+        "conv1d_bias": torch.randn(dim, dtype=dtype),
+        "x_proj_weight": torch.randn(projected, dim, dtype=dtype),
+        "delta_proj_weight": torch.randn(dim, rank, dtype=dtype),
+        "out_proj_weight": torch.randn(dim // 2, dim, dtype=dtype),
+        "out_proj_bias": torch.randn(dim // 2, dtype=dtype),
+        "A": -0.5 * torch.rand(dim, states),
+        "B": torch.randn(dim, states) if constant[0] else None,
+        "C": torch.randn(dim, states) if constant[1] else None,
+        "D": torch.randn(dim),
+        "delta_bias": 0.5 * torch.rand(dim),
+    }
+    return {n: None if t is None else t.requires_grad_() for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("constant", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_mamba_inner(constant, bias):
+    inputs = block(constant=constant)
+    if bias:
+        inputs["B_proj_bias"] = None if constant[0] else torch.randn(8, requires_grad=True)
+        inputs["C_proj_bias"] = None if constant[1] else torch.randn(8, requires_grad=True)
+    out, want = mamba.mamba_inner_fn(**inputs), mamba.mamba_inner_ref(**inputs)
+    assert out.shape == (2, 19, 6)
+    assert_close(out, want, "scan_grad")
+    grad = torch.randn_like(out)
+    leaves = [t for t in inputs.values() if t is not None]
+    for name, a, b in zip(inputs, gradients(out, leaves, grad), gradients(want, leaves, grad), strict=False):
+        assert_close(a, b, "scan_grad", name)
+
+
+def test_mamba_inner_normalises_as_falcon():
+    inputs = block()
+    weights = {"b_rms_weight": torch.rand(8), "c_rms_weight": torch.rand(8), "dt_rms_weight": torch.rand(3)}
+    got = mamba.mamba_inner_fn(**inputs, **weights, b_c_dt_rms_eps=1e-5)
+    x, z = inputs["xz"].chunk(2, 1)
+    u = conv.causal_conv1d_ref(x, inputs["conv1d_weight"].squeeze(1), inputs["conv1d_bias"], activation="silu")
+    dt, B, C = F.linear(u.transpose(1, 2), inputs["x_proj_weight"]).split([3, 8, 8], -1)
+    dt, B, C = (F.rms_norm(t, t.shape[-1:], w, 1e-5) for t, w in zip((dt, B, C), (
+        weights["dt_rms_weight"], weights["b_rms_weight"], weights["c_rms_weight"]), strict=True))  # fmt: skip
+    delta = F.linear(dt, inputs["delta_proj_weight"]).transpose(1, 2)
+    y = mamba.selective_scan_ref(
+        u, delta, inputs["A"], B.transpose(1, 2), C.transpose(1, 2), inputs["D"], z, inputs["delta_bias"], True
+    )
+    want = F.linear(y.transpose(1, 2), inputs["out_proj_weight"], inputs["out_proj_bias"])
+    assert_close(got, want, "scan_grad")
+
+
+def test_entry_points_of_the_forks():
+    inputs = block()
+    weight, bias = inputs["out_proj_weight"], inputs["out_proj_bias"]
+    without = {n: t for n, t in inputs.items() if not n.startswith("out_proj")}
+    y = mamba.mamba_inner_fn_no_out_proj(**without)
+    assert y.shape == (2, 12, 19)
+    assert_close(F.linear(y.transpose(1, 2), weight, bias), mamba.mamba_inner_fn(**inputs), "scan")
+
+    A_b = -torch.rand(12, 8)
+    x, z = inputs["xz"].chunk(2, 1)
+    u = conv.causal_conv1d_ref(x, inputs["conv1d_weight"].squeeze(1), inputs["conv1d_bias"], activation="silu")
+    dt, B, C = F.linear(u.transpose(1, 2), inputs["x_proj_weight"]).split([3, 8, 8], -1)
+    series = [u, F.linear(dt, inputs["delta_proj_weight"]).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z]
+    total = 0
+    for A, flip in ((inputs["A"], False), (A_b, True)):
+        u_, delta_, B_, C_, z_ = (t.flip(-1) for t in series) if flip else series
+        y = mamba.selective_scan_ref(u_, delta_, A, B_, C_, inputs["D"], z_, inputs["delta_bias"], True)
+        total = total + (y.flip(-1) if flip else y)
+    assert_close(mamba.bimamba_inner_fn(**inputs, A_b=A_b), F.linear(total.transpose(1, 2), weight, bias), "scan_grad")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_update(dtype):
+    state = torch.randn(3, 6, 8, dtype=dtype)
+    want_state = state.clone()
+    x, dt, z = (torch.randn(3, 6, dtype=dtype) for _ in range(3))
+    A, B, C = -torch.rand(6, 8), torch.randn(3, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype)
+    options = {"D": torch.randn(6), "z": z, "dt_bias": torch.randn(6), "dt_softplus": True}
+    got = mamba.selective_state_update(state, x, dt, A, B, C, **options)
+    want = mamba.selective_state_update_ref(want_state, x, dt, A, B, C, **options)
+    assert got.dtype == dtype
+    assert_close(got, want, "scan")
+    assert_close(state, want_state, "scan")
+
+
+def test_state_update_of_heads_groups_and_entries():
+    batch, heads, dim, states, groups = 3, 4, 5, 8, 2
+    cache = torch.randn(7, heads, dim, states)
+    before, indices = cache.clone(), torch.tensor([5, 0, 2], dtype=torch.int32)
+    x, dt, z = (torch.randn(batch, heads, dim) for _ in range(3))
+    A, B, C = -torch.rand(heads, dim, states), torch.randn(batch, groups, states), torch.randn(batch, groups, states)
+    D, dt_bias = torch.randn(heads, dim), torch.randn(heads, dim)
+    got = mamba.selective_state_update(
+        cache, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True, state_batch_indices=indices
+    )
+    assert got.shape == x.shape
+    for h in range(heads):
+        part, g = before[indices.long(), h].clone(), h * groups // heads
+        want = mamba.selective_state_update_ref(
+            part, x[:, h], dt[:, h], A[h], B[:, g], C[:, g], D[h], z[:, h], dt_bias[h], True
+        )
+        assert_close(got[:, h], want, "scan")
+        assert_close(cache[indices.long(), h], part, "scan")
+    untouched = [1, 3, 4, 6]
+    assert torch.equal(cache[untouched], before[untouched])
+
+
+def test_state_update_keeps_no_graph():
+    state, x = torch.zeros(1, 2, 4), torch.randn(1, 2, requires_grad=True)
+    B = torch.randn(1, 4)
+    mamba.selective_state_update(state, x, x, -torch.rand(2, 4), B, B)
+    assert not state.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms(dtype):
+    x, residual = torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 5, 16)
+    norm = mamba_layers.RMSNorm(16, eps=1e-5)
+    torch.nn.init.uniform_(norm.weight)
+    assert list(norm.state_dict()) == ["weight"]
+    out, total = norm(x, residual=residual, prenorm=True, residual_in_fp32=True)
+    assert (out.dtype, total.dtype) == (dtype, torch.float32)
+    assert_close(total, x.float() + residual, "conv")
+    assert_close(out, F.rms_norm(x.float() + residual, (16,), norm.weight, 1e-5).to(dtype), "conv")
+    weight, bias = torch.rand(16), torch.rand(16)
+    out = mamba_layers.layer_norm_fn(x, weight, bias, eps=1e-6)
+    assert_close(out, F.layer_norm(x.float(), (16,), weight, bias, 1e-6).to(dtype), "conv")
+    assert mamba_layers.rms_norm_fn(x, weight, None, prenorm=True)[1].dtype == dtype
+
+
+def test_module_loads_and_runs_as_ours():
+    ours, theirs = modules.Mamba(8), mamba_layers.Mamba(8, use_fast_path=False, layer_idx=3)
+    theirs.load_state_dict(ours.state_dict())
+    hidden = torch.randn(2, 7, 8)
+    assert torch.equal(theirs(hidden), ours(hidden))
+    with pytest.raises(NotImplementedError, match="`inference_params` must be None"):
+        theirs(hidden, inference_params=object())
+
+
+@pytest.fixture
+def _clean():
+    yield
+    compat.uninstall()
+
+
+@pytest.mark.usefixtures("_clean")
+def test_install_serves_third_party_imports():
+    assert compat.install() == ("mamba_ssm", "causal_conv1d")
+    assert compat.install() == ("mamba_ssm", "causal_conv1d")  # again is harmless
+    names = {}
+    exec(
+        "from mamba_ssm import Mamba, selective_scan_fn\n"
+        "from mamba_ssm.modules.mamba_simple import Mamba as Simple\n"
+        "from mamba_ssm.ops.selective_scan_interface import selective_scan_ref, mamba_inner_fn, mamba_inner_ref\n"
+        "from mamba_ssm.ops.selective_scan_interface import bimamba_inner_fn, mamba_inner_fn_no_out_proj\n"
+        "from mamba_ssm.ops.triton.selective_state_update import selective_state_update\n"
+        "from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn, rms_norm_fn\n"
+        "from mamba_ssm.ops.triton.layer_norm import RMSNorm as Renamed\n"
+        "from mamba_ssm.utils.generation import GenerationMixin\n"
+        "from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf\n"
+        "from causal_conv1d import causal_conv1d_fn, causal_conv1d_update\n"
+        "from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref\n"
+        "from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states\n"
+        "import mamba_ssm.ops.triton.layernorm, causal_conv1d\n"
+        "versions = mamba_ssm.__version__, causal_conv1d.__version__\n",
+        names,
+    )
+    assert names["selective_scan_fn"] is mamba.selective_scan_fn
+    assert names["causal_conv1d_fn"] is conv.causal_conv1d_fn
+    assert all("parrot" in version for version in names["versions"])
+    assert importlib.util.find_spec("mamba_ssm") is not None
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("mamba_ssm.modules.mamba2")
+    with pytest.raises(NotImplementedError, match="downloads nothing"):
+        names["load_config_hf"]("state-spaces/mamba-130m")
+    compat.uninstall()
+    assert not any(name.partition(".")[0] in ("mamba_ssm", "causal_conv1d") for name in sys.modules)
+
+
+@pytest.mark.usefixtures("_clean")
+def test_install_leaves_an_original_alone_unless_asked(tmp_path, monkeypatch):
+    tmp_path.joinpath("causal_conv1d.py").write_text("original = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert compat.install("causal_conv1d") == ()
+    original = importlib.import_module("causal_conv1d")
+    assert original.original
+    assert compat.install() == ("mamba_ssm",)
+    assert compat.install("causal_conv1d", override=True) == ("causal_conv1d",)
+    assert importlib.import_module("causal_conv1d").causal_conv1d_fn is conv.causal_conv1d_fn
+    compat.uninstall()
+    assert sys.modules.pop("causal_conv1d") is original
+
+
+def test_install_knows_its_packages():
+    with pytest.raises(ValueError, match="`packages` must be among mamba_ssm, causal_conv1d; got 'flash_attn'"):
+        compat.install("flash_attn")
