@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import machine
+
 TOLERANCE = 2e-3
 WIDTH = 4
 
@@ -59,7 +61,7 @@ def shifted_sum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def convolutions(device: str, peers: bool) -> dict[str, Callable[[], Convolution]]:
     found: dict[str, Callable[[], Convolution]] = {}
-    for backend in ("cpu",) if device == "cpu" else ("triton", "cuda"):
+    for backend in machine.our_backends("causal_conv1d", device):
         found[f"parrot_kernels[{backend}]"] = lambda backend=backend: ours(backend)
     if peers:
         found["torch conv1d + silu"] = lambda: torch_conv1d

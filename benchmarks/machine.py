@@ -43,3 +43,14 @@ def versions(*distributions: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def our_backends(op: str, device: str) -> list[str]:
+    """Our backends that have a kernel for this op on this device."""
+    from parrot_kernels import backends
+
+    return [
+        name
+        for name in ("cpu", "triton", "cuda")
+        if (name == "cpu") == (device == "cpu") and name in backends.IMPLEMENTED[op]
+    ]

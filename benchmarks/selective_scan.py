@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import machine
+
 TOLERANCE = 2e-3
 
 # (u, delta, A, B, C, D, z, delta_bias) -> out
@@ -116,7 +118,7 @@ def mambapy() -> Scan:
 def scans(device: str, peers: bool) -> dict[str, Callable[[], Scan]]:
     """Name -> a factory that raises ImportError where the peer is not installed."""
     found: dict[str, Callable[[], Scan]] = {}
-    for backend in ("cpu",) if device == "cpu" else ("triton", "cuda"):
+    for backend in machine.our_backends("selective_scan", device):
         found[f"parrot_kernels[{backend}]"] = lambda backend=backend: ours(backend)
     if peers:
         found["step loop"] = lambda: step_loop(step)

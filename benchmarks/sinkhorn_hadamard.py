@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import machine
+
 EPS, ITERATIONS = 0.05, 50
 TOLERANCE = 2e-3  # of the largest magnitude, against float64: a gate against wrong answers, not a test of rounding
 
@@ -150,7 +152,7 @@ def ott_jax(case: Case, both: bool) -> Callable:
 def providers(device: str, peers: bool) -> dict[str, Callable[[], Projections]]:
     """Name -> a factory that raises where the peer is not installed."""
     found: dict[str, Callable[[], Projections]] = {}
-    for backend in ("cpu",) if device == "cpu" else ("triton", "cuda"):
+    for backend in machine.our_backends("sinkhorn_hadamard", device):
         found[f"parrot_kernels[{backend}]"] = lambda backend=backend: ours(backend)
     if peers:
         found["torch eager"] = lambda: log_domain(log_domain_step)

@@ -21,7 +21,12 @@ ALLOWED = {
         "parrot_kernels.checks",
     ),
     "parrot_kernels/modules": ("parrot_kernels.ops", "parrot_kernels.checks"),
-    "parrot_kernels/compat": ("parrot_kernels.ops", "parrot_kernels.modules", "parrot_kernels.checks"),
+    "parrot_kernels/compat": (
+        "parrot_kernels.ops",
+        "parrot_kernels.modules",
+        "parrot_kernels.reference",  # the peers publish a `*_ref` of their own
+        "parrot_kernels.checks",
+    ),
     "parrot": ("parrot_kernels", "parrot_kernels.modules"),
 }
 
