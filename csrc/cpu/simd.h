@@ -91,6 +91,17 @@ PARROT_INLINE V vmin(V a, V b) {
     return a < b ? a : b;
 }
 
+template <typename T>
+PARROT_INLINE Vec<T> sqrt_each(Vec<T> v) {
+    T lanes[kLanes<T>];
+    store(lanes, v);
+    PARROT_UNROLL
+    for (int i = 0; i < kLanes<T>; ++i)
+        lanes[i] = sizeof(T) == 4 ? static_cast<T>(__builtin_sqrtf(static_cast<float>(lanes[i])))
+                                  : static_cast<T>(__builtin_sqrt(static_cast<double>(lanes[i])));
+    return load(lanes);
+}
+
 template <typename V>
 PARROT_INLINE bool any(V mask) {
     uint64_t words[sizeof(V) / 8], all = 0;

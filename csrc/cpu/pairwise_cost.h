@@ -1,0 +1,148 @@
+// Costs between two sets of points: |x - y|^2, |x - y| or 1 - cos.
+//
+// By one matrix product, C = |x|^2 + |y|^2 - 2 <x, y> about a common centre, except where C is small against its first
+// two terms and rounding would show: there by differences of the points as given. The choice is made entry by entry
+// and depends on the problem alone.
+#pragma once
+
+#include "matmul.h"
+#include "parallel.h"
+#include "sinkhorn_hadamard.h"
+
+namespace parrot {
+namespace PARROT_ISA {
+
+template <typename T>
+struct PairwiseCost {
+    // C below this part of |x|^2 + |y|^2 is computed by differences.
+    static constexpr T kCancels = T(0.25);
+    static constexpr int64_t kFewFeatures = 16;  // up to here always by differences
+
+    CostKind kind;
+    int64_t n, m, features;
+    int64_t n_pad, m_pad;    // multiples of kGroup
+    int64_t feature_stride;  // multiple of kLanes; what lies past `features` is zero
+    const T *x, *y;          // (n_pad, feature_stride) and (m_pad, feature_stride), zero past n and m
+    T *x_rows, *y_rows;      // the same, centred; for cosine of unit length
+    T *x_norms, *y_norms;    // (n_pad), (m_pad)
+    T* centre;               // (feature_stride)
+    T* y_packed;             // y_rows transposed, in panels
+
+    void carve(Carver& carver) {
+        x_rows = carver.take<T>(n_pad * feature_stride);
+        y_rows = carver.take<T>(m_pad * feature_stride);
+        x_norms = carver.take<T>(n_pad);
+        y_norms = carver.take<T>(m_pad);
+        centre = carver.take<T>(feature_stride);
+        y_packed = carver.take<T>(m_pad * feature_stride);
+    }
+
+    bool by_differences() const { return kind != CostKind::cosine && features <= kFewFeatures; }
+
+    // The mean of a few points: any centre is right, one inside the cloud leaves fewer entries to differences.
+    void find_centre() const {
+        constexpr int64_t samples = 16;
+        const int64_t x_step = (n + samples - 1) / samples, y_step = (m + samples - 1) / samples;
+        for (int64_t d = 0; d < feature_stride; d += kLanes<T>) {
+            Vec<T> x_sum{}, y_sum{};
+            int64_t x_count = 0, y_count = 0;
+            for (int64_t i = 0; i < n; i += x_step, ++x_count) x_sum += load(x + i * feature_stride + d);
+            for (int64_t j = 0; j < m; j += y_step, ++y_count) y_sum += load(y + j * feature_stride + d);
+            store(centre + d, x_sum * (T(0.5) / x_count) + y_sum * (T(0.5) / y_count));
+        }
+    }
+
+    // One row of x_rows or y_rows, and its term of the cost.
+    void prepare_row(const T* points, T* rows, T* norms, int64_t i, bool valid) const {
+        const T* in = points + i * feature_stride;
+        T* out = rows + i * feature_stride;
+        const bool cosine = kind == CostKind::cosine;
+        Vec<T> squares{};
+        for (int64_t d = 0; d < feature_stride; d += kLanes<T>) {
+            const Vec<T> value = valid ? (cosine ? load(in + d) : load(in + d) - load(centre + d)) : Vec<T>{};
+            squares += value * value;
+            store(out + d, value);
+        }
+        const T norm = sum_lanes<T>(squares);
+        norms[i] = cosine ? T(0.5) : norm;
+        if (cosine && norm > 0) {
+            const T length = T(1) / __builtin_sqrt(norm);
+            for (int64_t d = 0; d < feature_stride; d += kLanes<T>) store(out + d, load(out + d) * length);
+        }
+    }
+
+    void prepare(const Team& team) const {
+        if (by_differences()) return;
+        if (kind != CostKind::cosine) {
+            if (team.rank == 0) find_centre();
+            team.barrier();
+        }
+        team.for_each(n_pad / kGroup<T>, [&](int64_t group) {
+            for (int64_t i = group * kGroup<T>; i < (group + 1) * kGroup<T>; ++i)
+                prepare_row(x, x_rows, x_norms, i, i < n);
+        });
+        team.for_each(m_pad / kLanes<T>, [&](int64_t group) {
+            for (int64_t j = group * kLanes<T>; j < (group + 1) * kLanes<T>; ++j)
+                prepare_row(y, y_rows, y_norms, j, j < m);
+            for (int64_t d = 0; d < features; d += kLanes<T>) {
+                Vec<T> tile[kLanes<T>];
+                PARROT_UNROLL
+                for (int lane = 0; lane < kLanes<T>; ++lane)
+                    tile[lane] = load(y_rows + (group * kLanes<T> + lane) * feature_stride + d);
+                transpose<T>(tile);
+                for (int lane = 0; lane < kLanes<T> && d + lane < features; ++lane)
+                    store(y_packed + packed_index<T>(d + lane, group, features, m_pad / kLanes<T>), tile[lane]);
+            }
+        });
+    }
+
+    // Squared distances of x_i to kLanes rows of y from j on.
+    __attribute__((noinline)) Vec<T> differences(int64_t i, int64_t j) const {
+        const bool cosine = kind == CostKind::cosine;
+        const T* xi = (cosine ? x_rows : x) + i * feature_stride;
+        const T* yj = (cosine ? y_rows : y) + j * feature_stride;
+        Vec<T> sums[kLanes<T>] = {};
+        for (int64_t d = 0; d < feature_stride; d += kLanes<T>) {
+            const Vec<T> xd = load(xi + d);
+            PARROT_UNROLL
+            for (int lane = 0; lane < kLanes<T>; ++lane) {
+                const Vec<T> difference = xd - load(yj + lane * feature_stride + d);
+                sums[lane] += difference * difference;
+            }
+        }
+        return sum_each<T>(sums);
+    }
+
+    // Rows [begin, end) of the cost, end - begin a multiple of kGroup; zero in the padding. Returns the largest entry.
+    __attribute__((noinline)) T rows(int64_t begin, int64_t end, T* cost, int64_t stride) const {
+        const bool direct = by_differences(), cosine = kind == CostKind::cosine;
+        if (!direct)
+            matmul<T>(end - begin, features, x_rows + begin * feature_stride, feature_stride, 1, y_packed,
+                      m_pad / kLanes<T>, cost, stride);
+        const T product = cosine ? T(-1) : T(-2), difference = cosine ? T(0.5) : T(1);
+        Vec<T> largest{};
+        for (int64_t i = begin; i < end; ++i) {
+            T* row = cost + (i - begin) * stride;
+            for (int64_t j = 0; j < m_pad; j += kLanes<T>) {
+                Vec<T> value;
+                if (direct) {
+                    value = differences(i, j);
+                } else {
+                    const Vec<T> norms = load(y_norms + j) + x_norms[i];
+                    value = norms + load(row + j) * product;
+                    const IntVec<T> cancels = value < norms * kCancels;
+                    if (any(cancels)) value = cancels ? differences(i, j) * difference : value;
+                }
+                if (i >= n) value = Vec<T>{};
+                if (kind == CostKind::euclidean) value = sqrt_each<T>(value);
+                store(row + j, value);
+            }
+            for (int64_t j = m; j < m_pad; ++j) row[j] = 0;
+            for (int64_t j = 0; j < m_pad; j += kLanes<T>) largest = vmax(load(row + j), largest);
+        }
+        return max_lanes<T>(largest);
+    }
+};
+
+}  // namespace PARROT_ISA
+}  // namespace parrot

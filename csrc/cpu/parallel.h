@@ -1,0 +1,118 @@
+// Threads that walk through one program together, and scratch memory that outlives a call.
+#pragma once
+
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "simd.h"
+
+namespace parrot {
+namespace PARROT_ISA {
+
+// Every thread of a team runs the same code on private copies of the scalars; shared arrays are written inside
+// `for_each` only. Blocks, never threads, decide how work is cut and in which order sums are taken, so that results
+// are bitwise the same for any number of threads.
+struct Team {
+    int rank = 0;
+    int size = 1;  // 0: this thread sits out
+
+    // body(i) for 0 <= i < count. Each thread gets the same range every time, so its blocks stay in its cache;
+    // walking it backwards every other time starts with what is still there.
+    template <typename Body>
+    PARROT_INLINE void for_each(int64_t count, Body&& body, bool backwards = false) const {
+        if (size == 0) return;
+        const int64_t begin = count * rank / size, end = count * (rank + 1) / size;
+        if (backwards)
+            for (int64_t i = end - 1; i >= begin; --i) body(i);
+        else
+            for (int64_t i = begin; i < end; ++i) body(i);
+        barrier();
+    }
+
+    void barrier() const {
+        if (size > 1) {
+#pragma omp barrier
+        }
+    }
+
+    // The team of thread 0 only, for work too small to share.
+    Team alone() const { return {0, rank == 0 ? 1 : 0}; }
+};
+
+// Runs body(team) on `threads` threads.
+template <typename Body>
+inline void run_team(int threads, Body&& body) {
+    if (threads <= 1) {
+        body(Team{});
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+}
+
+// Scratch memory of the calling thread, kept between calls up to kKeep bytes: fresh pages cost more than the work
+// done in them. Contents are unspecified.
+class Arena {
+  public:
+    static constexpr size_t kKeep = size_t{256} << 20;
+
+    ~Arena() { std::free(memory_); }
+
+    // Null where there is no memory: exceptions can't leave a parallel region.
+    char* reserve(size_t bytes) {
+        if (bytes > capacity_) {
+            std::free(memory_);
+            memory_ = nullptr, capacity_ = 0;
+            constexpr size_t huge_page = size_t{2} << 20;
+            const size_t align = bytes >= 2 * huge_page ? huge_page : 4096;
+            const size_t rounded = (bytes + align - 1) / align * align;
+            memory_ = static_cast<char*>(std::aligned_alloc(align, rounded));
+            if (!memory_) return nullptr;
+#ifdef MADV_HUGEPAGE
+            if (align == huge_page) madvise(memory_, rounded, MADV_HUGEPAGE);
+#endif
+            capacity_ = rounded;
+        }
+        return memory_;
+    }
+
+    void trim() {
+        if (capacity_ <= kKeep) return;
+        std::free(memory_);
+        memory_ = nullptr, capacity_ = 0;
+    }
+
+  private:
+    char* memory_ = nullptr;
+    size_t capacity_ = 0;
+};
+
+inline Arena& thread_arena() {
+    static thread_local Arena arena;
+    return arena;
+}
+
+// Cuts an arena into arrays. Run once without memory to learn the size, then again with it.
+class Carver {
+  public:
+    explicit Carver(char* memory = nullptr) : memory_(memory) {}
+
+    template <typename T>
+    T* take(int64_t count) {
+        const size_t offset = used_;
+        used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+        return memory_ ? reinterpret_cast<T*>(memory_ + offset) : nullptr;
+    }
+
+    size_t used() const { return used_; }
+
+  private:
+    char* memory_;
+    size_t used_ = 0;
+};
+
+}  // namespace PARROT_ISA
+}  // namespace parrot

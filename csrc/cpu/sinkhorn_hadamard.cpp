@@ -1,0 +1,315 @@
+// Sinkhorn-Hadamard on the CPU: cost, iteration (sinkhorn_iteration.h) and projections of each problem of a batch.
+#include "sinkhorn_hadamard.h"
+
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "sinkhorn_iteration.h"
+
+namespace parrot {
+namespace PARROT_ISA {
+namespace {
+
+constexpr double kConverged = 1e-3;  // error that counts as converged when no tolerance is asked for
+constexpr double kLeastScale = 1e-8;
+constexpr int64_t kShared = 40000;  // costs of a problem from which threads share its iteration
+
+template <typename T>
+struct ForwardProblem {
+    static constexpr int L = kLanes<T>;
+    const SinkhornHadamardForward& p;
+    int64_t problem, N, M, features, feature_stride;
+    PairwiseCost<T> pairwise;
+    SinkhornIteration<T> iteration;
+    T *x, *y;                // in the compute type, rows and columns padded with zeros
+    T *x_packed, *y_packed;  // times h and w, in panels: the right factors of the projections
+    T* products;             // (threads, block_rows or columns of a chunk, feature_stride)
+    T* shared;               // scale; error and iterations, where one thread iterates for all
+    static constexpr int64_t kColumnTile = 64;
+
+    ForwardProblem(const SinkhornHadamardForward& params, int64_t index) : p(params), problem(index) {
+        N = p.x.size[1], M = p.y.size[1], features = p.x.size[2];
+        feature_stride = round_up<T>(features);
+        iteration.problem = index;
+    }
+
+    static int64_t length(const TensorView& lengths, int64_t index, int64_t limit) {
+        return lengths ? element<int32_t>(lengths, index) : limit;
+    }
+
+    int64_t product_rows() const { return iteration.block_rows > kColumnTile ? iteration.block_rows : kColumnTile; }
+
+    size_t carve(char* memory, int threads) {
+        Carver carver(memory);
+        iteration.set_shape(length(p.x_lengths, problem, N), length(p.y_lengths, problem, M));
+        iteration.carve(carver, threads);
+        const int64_t n_pad = iteration.n_pad, m_pad = iteration.m_pad;
+        x = carver.take<T>(n_pad * feature_stride);
+        y = carver.take<T>(m_pad * feature_stride);
+        x_packed = carver.take<T>(n_pad * feature_stride);
+        y_packed = carver.take<T>(m_pad * feature_stride);
+        products = carver.take<T>(threads * product_rows() * feature_stride);
+        shared = carver.take<T>(3);
+        pairwise.kind = p.cost;
+        pairwise.n = iteration.n, pairwise.m = iteration.m, pairwise.n_pad = n_pad, pairwise.m_pad = m_pad;
+        pairwise.features = features, pairwise.feature_stride = feature_stride;
+        pairwise.x = x, pairwise.y = y;
+        pairwise.carve(carver);
+        return carver.used();
+    }
+
+    bool empty() const { return iteration.n == 0 || iteration.m == 0; }
+
+    void write_empty() const {
+        const T* none = nullptr;
+        for (int64_t i = 0; i < N; ++i) {
+            write_row(RowView(p.y_to_x, problem, i), none, 0, features);
+            write_row(RowView(p.x_hadamard, problem, i), none, 0, features);
+            if (p.plan) write_row(RowView(p.plan, problem, i), none, 0, M);
+        }
+        for (int64_t j = 0; j < M; ++j) {
+            write_row(RowView(p.x_to_y, problem, j), none, 0, features);
+            write_row(RowView(p.y_hadamard, problem, j), none, 0, features);
+        }
+        write_row(RowView(p.f, problem), none, 0, N);
+        write_row(RowView(p.g, problem), none, 0, M);
+        write_scalars({0, 0}, 0, p.cost_scale > 0 ? T(p.cost_scale) : T(kLeastScale));
+    }
+
+    void write_scalars(typename SinkhornIteration<T>::Result result, T transport_cost, T scale) const {
+        element<T>(p.transport_cost, problem) = transport_cost;
+        element<T>(p.error, problem) = result.error;
+        element<int32_t>(p.iterations, problem) = result.iterations;
+        element<bool>(p.converged, problem) = result.error <= T(p.tol >= 0 ? p.tol : kConverged);
+        element<T>(p.scale, problem) = scale;
+    }
+
+    static void read_points(const Team& team, const TensorView& from, int64_t problem, int64_t count, int64_t padded,
+                            int64_t features, int64_t stride, T* out) {
+        team.for_each(padded / kGroup<T>, [&](int64_t group) {
+            for (int64_t i = group * kGroup<T>; i < (group + 1) * kGroup<T>; ++i) {
+                T* row = out + i * stride;
+                if (i < count) read_row(RowView(from, problem, i), features, row);
+                for (int64_t d = i < count ? features : 0; d < stride; ++d) row[d] = 0;
+            }
+        });
+    }
+
+    __attribute__((noinline)) void cost_block(int64_t block) {
+        auto& it = iteration;
+        const int64_t begin = it.block_begin(block), end = it.block_end(block);
+        T* cost = it.cost + begin * it.stride;
+        if (p.cost != CostKind::matrix) {
+            it.block_largest[block] = pairwise.rows(begin, end, cost, it.stride);
+            return;
+        }
+        Vec<T> largest{};
+        for (int64_t i = begin; i < end; ++i, cost += it.stride) {
+            if (i < it.n) read_row(RowView(p.cost_matrix, problem, i), it.m, cost);
+            for (int64_t j = i < it.n ? it.m : 0; j < it.m_pad; ++j) cost[j] = 0;
+            for (int64_t j = 0; j < it.m_pad; j += L) largest = vmax(load(cost + j), largest);
+        }
+        it.block_largest[block] = max_lanes<T>(largest);
+    }
+
+    T scale() const {
+        if (p.cost_scale > 0) return T(p.cost_scale);
+        T largest = T(kLeastScale);
+        for (int64_t block = 0; block < iteration.blocks; ++block)
+            if (iteration.block_largest[block] > largest) largest = iteration.block_largest[block];
+        return largest;
+    }
+
+    void prepare(const Team& team) {
+        auto& it = iteration;
+        read_points(team, p.x, problem, it.n, it.n_pad, features, feature_stride, x);
+        read_points(team, p.y, problem, it.m, it.m_pad, features, feature_stride, y);
+        if (p.cost != CostKind::matrix) pairwise.prepare(team);
+        team.for_each(it.blocks, [&](int64_t block) { cost_block(block); });
+        it.n_iters = p.n_iters;
+        it.eps = element<T>(p.eps, problem);
+        it.tol = T(p.tol), it.tolerance = p.tol >= 0;
+        it.inverse = T(1) / (scale() * it.eps);
+        constexpr double infinity = std::numeric_limits<double>::infinity();
+        it.balanced_x = p.rho_x == infinity, it.balanced_y = p.rho_y == infinity;
+        it.damp_x = it.balanced_x ? T(1) : T(p.rho_x / (p.rho_x + it.eps));
+        it.damp_y = it.balanced_y ? T(1) : T(p.rho_y / (p.rho_y + it.eps));
+        it.f_history = p.f_history, it.g_history = p.g_history;
+        it.keep_potentials = it.tolerance || p.f_history || p.g_history || !it.balanced_x || !it.balanced_y;
+    }
+
+    // Rows of y_to_x, of the plan, and their part of the transport cost.
+    __attribute__((noinline)) void finish_rows(int64_t block, const T* u, T* product) {
+        auto& it = iteration;
+        const int64_t begin = it.block_begin(block), end = it.block_end(block);
+        matmul<T>(end - begin, it.m, it.kernel + begin * it.stride, it.stride, 1, y_packed, feature_stride / L, product,
+                  feature_stride);
+        Vec<T> spent{};
+        for (int64_t i = begin; i < end && i < it.n; ++i, product += feature_stride) {
+            const T *row = it.kernel + i * it.stride, *cost = it.cost + i * it.stride;
+            Vec<T> row_cost{};
+            for (int64_t j = 0; j < it.m_pad; j += L) row_cost += load(row + j) * load(it.w + j) * load(cost + j);
+            spent += row_cost * (it.a[i] * u[i]);
+            for (int64_t d = 0; d < feature_stride; d += L) store(product + d, load(product + d) * u[i]);
+            write_row(RowView(p.y_to_x, problem, i), product, features, features);
+            for (int64_t d = 0; d < feature_stride; d += L)
+                store(product + d, load(product + d) * load(x + i * feature_stride + d));
+            write_row(RowView(p.x_hadamard, problem, i), product, features, features);
+            if (p.plan) {
+                const T h = it.a[i] * u[i];
+                T values[L];
+                for (int64_t j = 0; j < it.m; j += L) {
+                    store(values, load(row + j) * h * load(it.w + j));
+                    RowView out(p.plan, problem, i);
+                    out.offset += j * out.stride;
+                    write_row(out, values, it.m - j < L ? it.m - j : L, 0);
+                }
+                RowView out(p.plan, problem, i);
+                out.offset += it.m * out.stride;
+                write_row(out, values, 0, M - it.m);
+            }
+        }
+        it.block_cost[block] = sum_lanes<T>(spent);
+    }
+
+    __attribute__((noinline)) void finish_columns(int64_t tile, T* product) {
+        auto& it = iteration;
+        const int64_t begin = tile * kColumnTile, end = begin + kColumnTile < it.m_pad ? begin + kColumnTile : it.m_pad;
+        matmul<T>(end - begin, it.n, it.kernel + begin, 1, it.stride, x_packed, feature_stride / L, product,
+                  feature_stride);
+        for (int64_t j = begin; j < end && j < it.m; ++j, product += feature_stride) {
+            for (int64_t d = 0; d < feature_stride; d += L) store(product + d, load(product + d) * it.v[j]);
+            write_row(RowView(p.x_to_y, problem, j), product, features, features);
+            for (int64_t d = 0; d < feature_stride; d += L)
+                store(product + d, load(product + d) * load(y + j * feature_stride + d));
+            write_row(RowView(p.y_hadamard, problem, j), product, features, features);
+        }
+    }
+
+    void write_potentials(const T* potential, const TensorView& out, const TensorView& history, int steps,
+                          int64_t count, int64_t total, T* scratch) const {
+        for (int64_t i = 0; i < count; ++i) scratch[i] = potential[i] * iteration.eps;
+        write_row(RowView(out, problem), scratch, count, total);
+        if (!history) return;
+        for (int k = 0; k < steps; ++k) {
+            RowView row(history, problem, k);
+            row.offset += count * row.stride;
+            write_row(row, scratch, 0, total - count);
+        }
+    }
+
+    void finish(const Team& team, typename SinkhornIteration<T>::Result result) {
+        auto& it = iteration;
+        const int64_t vectors = feature_stride / L;
+        const T* u = it.u[result.iterations & 1];
+        team.for_each(it.n_pad / kGroup<T>, [&](int64_t group) {
+            for (int64_t i = group * kGroup<T>; i < (group + 1) * kGroup<T> && i < it.n; ++i)
+                pack_row(x_packed, x + i * feature_stride, it.a[i] * u[i], i, it.n, vectors);
+        });
+        team.for_each(it.m_pad / kGroup<T>, [&](int64_t group) {
+            for (int64_t j = group * kGroup<T>; j < (group + 1) * kGroup<T> && j < it.m; ++j)
+                pack_row(y_packed, y + j * feature_stride, it.w[j], j, it.m, vectors);
+        });
+        T* product = products + team.rank * product_rows() * feature_stride;
+        team.for_each(it.blocks, [&](int64_t block) { finish_rows(block, u, product); });
+        team.for_each((it.m_pad + kColumnTile - 1) / kColumnTile, [&](int64_t t) { finish_columns(t, product); });
+        if (team.rank != 0) return;
+        const T* none = nullptr;
+        for (int64_t i = it.n; i < N; ++i) {
+            write_row(RowView(p.y_to_x, problem, i), none, 0, features);
+            write_row(RowView(p.x_hadamard, problem, i), none, 0, features);
+            if (p.plan) write_row(RowView(p.plan, problem, i), none, 0, M);
+        }
+        for (int64_t j = it.m; j < M; ++j) {
+            write_row(RowView(p.x_to_y, problem, j), none, 0, features);
+            write_row(RowView(p.y_hadamard, problem, j), none, 0, features);
+        }
+        write_potentials(it.F[result.iterations & 1], p.f, p.f_history, result.iterations, it.n, N, it.h);
+        write_potentials(it.G, p.g, p.g_history, result.iterations, it.m, M, it.w);
+        write_scalars(result, it.total(it.block_cost) / scale(), scale());
+    }
+
+    // On memory that `carve` was given; every thread of the team calls it on its own copy of this object.
+    void run(const Team& team) {
+        if (team.rank == 0) iteration.set_weights(p.a, p.b);
+        team.barrier();
+        prepare(team);
+        const bool share = iteration.n * iteration.m >= kShared;
+        const Team iterating = share ? team : team.alone();
+        typename SinkhornIteration<T>::Result result{};
+        if (iterating.size > 0) {
+            result = iteration.run(iterating);
+            if (team.rank == 0) shared[0] = T(result.iterations), shared[1] = result.error;
+        }
+        team.barrier();
+        result.iterations = static_cast<int>(shared[0]), result.error = shared[1];
+        finish(team, result);
+    }
+};
+
+template <typename T>
+void forward(const SinkhornHadamardForward& p) {
+    const int64_t batch = p.x.size[0];
+    if (batch == 0) return;
+    bool out_of_memory = false;
+    // Whole problems to threads where there are enough of them; else threads share each problem. Either way gives
+    // the same bits.
+    const int threads = p.num_threads;
+    const double work = double(p.x.size[1]) * double(p.y.size[1]) * (p.n_iters + p.x.size[2]);
+    const bool tiny = work * double(batch) < 1e6;
+    const bool share = !tiny && threads > 1 && (batch < 2 * threads || work > 1e9);
+    if (share) {
+        for (int64_t index = 0; index < batch && !out_of_memory; ++index) {
+            ForwardProblem<T> problem(p, index);
+            const size_t bytes = problem.carve(nullptr, threads);
+            if (problem.empty()) {
+                problem.write_empty();
+                continue;
+            }
+            char* memory = thread_arena().reserve(bytes);
+            out_of_memory = memory == nullptr;
+            if (out_of_memory) break;
+            run_team(threads, [&](const Team& team) {
+                ForwardProblem<T> mine(p, index);
+                mine.carve(memory, threads);
+                mine.run(team);
+            });
+        }
+        thread_arena().trim();
+    } else {
+        const int used = tiny ? 1 : static_cast<int>(batch < threads ? batch : threads);
+#pragma omp parallel num_threads(used) if (used > 1)
+        {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t index = 0; index < batch; ++index) {
+                ForwardProblem<T> problem(p, index);
+                const size_t bytes = problem.carve(nullptr, 1);
+                if (problem.empty()) {
+                    problem.write_empty();
+                    continue;
+                }
+                char* memory = thread_arena().reserve(bytes);
+                if (!memory) {
+                    __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+                    continue;
+                }
+                problem.carve(memory, 1);
+                problem.run(Team{});
+            }
+            thread_arena().trim();
+        }
+    }
+    if (out_of_memory) throw std::runtime_error("sinkhorn_hadamard (cpu): out of memory for the kernel matrix");
+}
+
+}  // namespace
+
+void sinkhorn_hadamard_forward(const SinkhornHadamardForward& params) {
+    if (params.x.dtype == DType::f64)
+        forward<double>(params);
+    else
+        forward<float>(params);
+}
+
+}  // namespace PARROT_ISA
+}  // namespace parrot
