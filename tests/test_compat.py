@@ -239,19 +239,52 @@ def block(dim=12, states=8, rank=3, length=19, constant=(False, False), dtype=to
     return {n: None if t is None else t.requires_grad_() for n, t in tensors.items()}
 
 
+def composed(inputs, A=None, reverse=False, norms=None):
+    """What a Mamba block computes between its input and its output projection, from the plain references."""
+    x, z = inputs["xz"].chunk(2, 1)
+    u = conv.causal_conv1d_ref(x, inputs["conv1d_weight"].squeeze(1), inputs["conv1d_bias"], activation="silu")
+    projected = F.linear(u.transpose(1, 2), inputs["x_proj_weight"])
+    dt, rest = projected[..., :3], projected[..., 3:]
+    B, C = inputs["B"], inputs["C"]
+    if C is None:
+        C, rest = rest[..., -8:] + inputs.get("C_proj_bias", 0), rest[..., :-8]
+    if B is None:
+        B = rest + inputs.get("B_proj_bias", 0)
+    if norms is not None:
+        dt, B, C = (F.rms_norm(t, t.shape[-1:], norms[f"{n}_rms_weight"], 1e-5) for n, t in zip(
+            ("dt", "b", "c"), (dt, B, C), strict=True))  # fmt: skip
+    delta = F.linear(dt, inputs["delta_proj_weight"]).transpose(1, 2)
+    B, C = (m if m.dim() == 2 else m.transpose(1, 2) for m in (B, C))
+    if reverse:
+        u, delta, z = (t.flip(-1) for t in (u, delta, z))
+        B, C = (m if m.dim() == 2 else m.flip(-1) for m in (B, C))
+    A = inputs["A"] if A is None else A
+    y = mamba.selective_scan_ref(u, delta, A, B, C, inputs["D"], z, inputs["delta_bias"], True)
+    return y.flip(-1) if reverse else y
+
+
+def out_projection(y, inputs):
+    return F.linear(y.transpose(1, 2), inputs["out_proj_weight"], inputs["out_proj_bias"])
+
+
 @pytest.mark.parametrize("constant", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_mamba_inner(constant, bias):
     inputs = block(constant=constant)
     if bias:
-        inputs["B_proj_bias"] = None if constant[0] else torch.randn(8, requires_grad=True)
-        inputs["C_proj_bias"] = None if constant[1] else torch.randn(8, requires_grad=True)
-    out, want = mamba.mamba_inner_fn(**inputs), mamba.mamba_inner_ref(**inputs)
+        inputs |= {
+            f"{name}_proj_bias": torch.randn(8, requires_grad=True)
+            for name, given in zip("BC", constant, strict=True)
+            if not given
+        }
+    out, want = mamba.mamba_inner_fn(**inputs), out_projection(composed(inputs), inputs)
     assert out.shape == (2, 19, 6)
     assert_close(out, want, "scan_grad")
+    assert torch.equal(mamba.mamba_inner_ref(**inputs), out)
     grad = torch.randn_like(out)
-    leaves = [t for t in inputs.values() if t is not None]
-    for name, a, b in zip(inputs, gradients(out, leaves, grad), gradients(want, leaves, grad), strict=False):
+    leaves = {n: t for n, t in inputs.items() if t is not None}
+    pairs = zip(gradients(out, leaves.values(), grad), gradients(want, leaves.values(), grad), strict=True)
+    for name, (a, b) in zip(leaves, pairs, strict=True):
         assert_close(a, b, "scan_grad", name)
 
 
@@ -259,38 +292,15 @@ def test_mamba_inner_normalises_as_falcon():
     inputs = block()
     weights = {"b_rms_weight": torch.rand(8), "c_rms_weight": torch.rand(8), "dt_rms_weight": torch.rand(3)}
     got = mamba.mamba_inner_fn(**inputs, **weights, b_c_dt_rms_eps=1e-5)
-    x, z = inputs["xz"].chunk(2, 1)
-    u = conv.causal_conv1d_ref(x, inputs["conv1d_weight"].squeeze(1), inputs["conv1d_bias"], activation="silu")
-    dt, B, C = F.linear(u.transpose(1, 2), inputs["x_proj_weight"]).split([3, 8, 8], -1)
-    dt, B, C = (F.rms_norm(t, t.shape[-1:], w, 1e-5) for t, w in zip((dt, B, C), (
-        weights["dt_rms_weight"], weights["b_rms_weight"], weights["c_rms_weight"]), strict=True))  # fmt: skip
-    delta = F.linear(dt, inputs["delta_proj_weight"]).transpose(1, 2)
-    y = mamba.selective_scan_ref(
-        u, delta, inputs["A"], B.transpose(1, 2), C.transpose(1, 2), inputs["D"], z, inputs["delta_bias"], True
-    )
-    want = F.linear(y.transpose(1, 2), inputs["out_proj_weight"], inputs["out_proj_bias"])
-    assert_close(got, want, "scan_grad")
+    assert_close(got, out_projection(composed(inputs, norms=weights), inputs), "scan_grad")
 
 
 def test_entry_points_of_the_forks():
-    inputs = block()
-    weight, bias = inputs["out_proj_weight"], inputs["out_proj_bias"]
+    inputs, A_b = block(), -torch.rand(12, 8)
     without = {n: t for n, t in inputs.items() if not n.startswith("out_proj")}
-    y = mamba.mamba_inner_fn_no_out_proj(**without)
-    assert y.shape == (2, 12, 19)
-    assert_close(F.linear(y.transpose(1, 2), weight, bias), mamba.mamba_inner_fn(**inputs), "scan")
-
-    A_b = -torch.rand(12, 8)
-    x, z = inputs["xz"].chunk(2, 1)
-    u = conv.causal_conv1d_ref(x, inputs["conv1d_weight"].squeeze(1), inputs["conv1d_bias"], activation="silu")
-    dt, B, C = F.linear(u.transpose(1, 2), inputs["x_proj_weight"]).split([3, 8, 8], -1)
-    series = [u, F.linear(dt, inputs["delta_proj_weight"]).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z]
-    total = 0
-    for A, flip in ((inputs["A"], False), (A_b, True)):
-        u_, delta_, B_, C_, z_ = (t.flip(-1) for t in series) if flip else series
-        y = mamba.selective_scan_ref(u_, delta_, A, B_, C_, inputs["D"], z_, inputs["delta_bias"], True)
-        total = total + (y.flip(-1) if flip else y)
-    assert_close(mamba.bimamba_inner_fn(**inputs, A_b=A_b), F.linear(total.transpose(1, 2), weight, bias), "scan_grad")
+    assert_close(mamba.mamba_inner_fn_no_out_proj(**without), composed(inputs), "scan_grad")
+    both = composed(inputs) + composed(inputs, A=A_b, reverse=True)
+    assert_close(mamba.bimamba_inner_fn(**inputs, A_b=A_b), out_projection(both, inputs), "scan_grad")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..ops import selective_scan as ops
 from ..ops.causal_conv1d import causal_conv1d
 from ..reference import selective_scan as reference
-from .causal_conv1d import causal_conv1d_ref
 from .mamba_layers import rms_norm
 
 
@@ -188,7 +187,6 @@ def mamba_inner_fn(
         for w in (b_rms_weight, c_rms_weight, dt_rms_weight)
     ]
     u, delta, z, B, C = _inner_inputs(
-        _convolve,
         xz,
         conv1d_weight,
         conv1d_bias,
@@ -222,13 +220,24 @@ def mamba_inner_ref(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
 ) -> Tensor:
-    """`mamba_inner_fn` from `causal_conv1d_ref` and `selective_scan_ref`."""
-    convolve = functools.partial(causal_conv1d_ref, activation="silu")
-    u, delta, z, B, C = _inner_inputs(
-        convolve, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+    """The same op by op, as in the original from the same convolution and scan: `mamba_inner_fn` is no other here."""
+    return mamba_inner_fn(
+        xz,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        out_proj_weight,
+        out_proj_bias,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        B_proj_bias,
+        C_proj_bias,
+        delta_softplus,
     )
-    y = selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return _out_projection(y, out_proj_weight, out_proj_bias)
 
 
 def mamba_inner_fn_no_out_proj(
@@ -248,7 +257,7 @@ def mamba_inner_fn_no_out_proj(
 ) -> Tensor:
     """`mamba_inner_fn` without the output projection: (batch, dim, seqlen)."""
     u, delta, z, B, C = _inner_inputs(
-        _convolve, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
     return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
@@ -273,7 +282,7 @@ def bimamba_inner_fn(
 ) -> Tensor:
     """`mamba_inner_fn` with a second scan from the end, of its own A (Vim's bidirectional block, version 1)."""
     u, delta, z, B, C = _inner_inputs(
-        _convolve, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
     shared = B, C, D, z, delta_bias, delta_softplus
     forth, _ = _scan(u, delta, A, *shared)
@@ -318,7 +327,6 @@ Normalise = Callable[[Tensor], Tensor]
 
 
 def _inner_inputs(
-    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     xz: Tensor,
     conv1d_weight: Tensor,
     conv1d_bias: Tensor | None,
@@ -335,7 +343,7 @@ def _inner_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u, delta, z, B, C of the scan inside a Mamba block."""
     x, z = xz.chunk(2, dim=1)
-    u = convolve(x, conv1d_weight.squeeze(1), conv1d_bias)
+    u = causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, "silu")
     rank, states = delta_proj_weight.shape[1], A.shape[1]
     projected = F.linear(u.transpose(1, 2), x_proj_weight)  # (batch, seqlen, ...)
 
@@ -350,10 +358,6 @@ def _inner_inputs(
     if C is None:
         C = per_step(projected[..., -states:], C_proj_bias, normalise_C)
     return u, delta, z, B, C
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return causal_conv1d(x, weight, bias, "silu")
 
 
 def _out_projection(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
