@@ -7,12 +7,12 @@ problem is at most tol; each problem stops by itself):
 
 with damping t = 1 (balanced marginals) or t = 1 / (1 + eps / rho). Then
 
-    log P_ij = (u_i - K_ij) + v_j                  y_to_x_i = sum_j P_ij / a_i y_j       x_to_y_j = sum_i P_ij / b_j x_i
+    P_ij = exp(u_i - K_ij + v_j)        y_to_x_i = sum_j P_ij / a_i y_j        x_to_y_j = sum_i P_ij / b_j x_i
     error = sum_i |r_i - r+_i|,  r_i = sum_j P_ij the row sums and r+_i = a_i exp((1 - t_x) R_i) those after one more u
 
-Adding v_j last cancels its rounding against the largest (u_i - K_ij), so that P_ij <= b_j in balanced problems for
-any eps. Sources: Cuturi 2013 (arXiv 1306.0895); Chizat et al. 2018 (arXiv 1607.05816) for the damped updates; the
-log-domain form of Schmitzer 2019 (arXiv 1610.06519).
+P / b is computed as exp((u_i - K_ij) + w_j), w = v - log b = -t_y S, where the rounding of S cancels: the columns of a
+balanced plan sum to b, and x_to_y averages the x, for any eps. Sources: Cuturi 2013 (arXiv 1306.0895); Chizat et al.
+2018 (arXiv 1607.05816) for the damped updates; Schmitzer 2019 (arXiv 1610.06519) for the log domain.
 
 `sinkhorn_hadamard` is differentiable by autograd: the oracle. `forward` and `backward` are its explicit pair. The
 adjoint of v = log b - t_y S with weights W_ij = softmax_i(u_i - K_ij), and likewise of u, is
@@ -85,11 +85,11 @@ def sinkhorn_hadamard(
     p = _Problem(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, cost_scale, rho_x, rho_y)
     enabled = torch.is_grad_enabled()
     with torch.set_grad_enabled(enabled and gradient == "unrolled"):
-        u, v, row_lse, iterations = _iterate(p, n_iters, tol, record)
+        u, v, w, row_lse, iterations = _iterate(p, n_iters, tol, record)
     with torch.set_grad_enabled(enabled and gradient != "detached"):
         if gradient == "implicit":
-            u, v = _differentiate_fixed_point(p, u, v)
-        plan, to_x, to_y = p.plans(u, v)
+            u, v, w = _differentiate_fixed_point(p, u, v, w)
+        plan, to_x, to_y = p.plans(u, w)
         f, g = p.potentials(u, v)
     y_to_x, x_to_y = _bmm(to_x, p.y), _bmm(to_y.mT, p.x)
     error = p.error(u, row_lse).detach()
@@ -173,8 +173,8 @@ def backward(
     """
     p = _Problem(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, scale, rho_x, rho_y)
     u = p.scaled(f, p.active_rows)
-    v = p.update_y(p.col_lse(u))  # not g / eps, which would not cancel the rounding of u
-    plan, to_x, to_y = p.plans(u, v)
+    v, w = p.update_y(p.col_lse(u))  # not from g / eps, which would not cancel the rounding of u
+    plan, to_x, to_y = p.plans(u, w)
 
     def wide(gradient: Tensor | None, like: Tensor, valid: Tensor | None) -> Tensor:
         return torch.zeros_like(like) if gradient is None else _fill(gradient.to(like.dtype), valid, 0)
@@ -284,8 +284,10 @@ class _Problem:
     def update_x(self, row_lse: Tensor) -> Tensor:
         return _fill(self.log_a - self.damping_x * row_lse, self.active_rows, -torch.inf)
 
-    def update_y(self, col_lse: Tensor) -> Tensor:
-        return _fill(self.log_b - self.damping_y * col_lse, self.active_cols, -torch.inf)
+    def update_y(self, col_lse: Tensor) -> tuple[Tensor, Tensor]:
+        """v and w = v - log b."""
+        w = _fill(-self.damping_y * col_lse, self.active_cols, -torch.inf)
+        return self.log_b + w, w
 
     def scaled(self, potential: Tensor, active: Tensor | None) -> Tensor:
         return _fill(potential / self.eps[:, None], active, -torch.inf)
@@ -298,30 +300,30 @@ class _Problem:
         after = torch.exp(self.log_a + (1 - self.damping_x) * row_lse)
         return _fill(torch.exp(u + row_lse) - after, self.rows, 0).abs().sum(1)
 
-    def plans(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """P, P / a and P / b, the last two in the log domain: a weight may be too small to divide by."""
-        log_plan = (u[:, :, None] - self.k) + v[:, None]
-        to_x, to_y = (log_plan - self.log_a[:, :, None]).exp(), (log_plan - self.log_b[:, None]).exp()
-        return _fill(log_plan.exp(), self.pairs, 0), to_x, to_y
+    def plans(self, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """P, P / a and P / b, in the log domain: a weight may be too small to divide by."""
+        log_to_y = (u[:, :, None] - self.k) + w[:, None]
+        log_plan = log_to_y + self.log_b[:, None]
+        to_x = (log_plan - self.log_a[:, :, None]).exp()
+        return _fill(log_plan.exp(), self.pairs, 0), to_x, log_to_y.exp()
 
 
 def _iterate(
     p: _Problem, n_iters: int, tol: float | None, record: Callable[[int, Tensor, Tensor], None] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(u, v, R of the last v, iterations done)."""
-    v = _fill(torch.zeros_like(p.log_b), p.active_cols, -torch.inf)
-    u = torch.zeros_like(p.log_a)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(u, v, w = v - log b, R of the last v, iterations done)."""
+    u, v = torch.zeros_like(p.log_a), _fill(torch.zeros_like(p.log_b), p.active_cols, -torch.inf)
+    w = torch.zeros_like(v)
     row_lse = p.row_lse(v)
     running = torch.ones_like(p.eps, dtype=torch.bool) if p.live is None else p.live
     iterations = torch.zeros_like(running, dtype=torch.int32)
     for k in range(n_iters):
         iterations = iterations + running
         next_u = p.update_x(row_lse)
-        next_v = p.update_y(p.col_lse(next_u))
-        if tol is None:
-            u, v = next_u, next_v
-        else:
-            u, v = torch.where(running[:, None], next_u, u), torch.where(running[:, None], next_v, v)
+        latest = (next_u, *p.update_y(p.col_lse(next_u)))
+        if tol is not None:
+            latest = (torch.where(running[:, None], new, old) for new, old in zip(latest, (u, v, w), strict=True))
+        u, v, w = latest
         if record is not None:
             record(k, *p.potentials(u, v))
         row_lse = p.row_lse(v)
@@ -329,7 +331,7 @@ def _iterate(
             running = running & ~(p.error(u, row_lse) <= tol)
             if running.device.type == "cpu" and not running.any():  # on a GPU this would synchronise
                 break
-    return u, v, row_lse, iterations
+    return u, v, w, row_lse, iterations
 
 
 class _Adjoint:
@@ -410,15 +412,16 @@ def _fixed_point_multipliers(p: _Problem, u: Tensor, v: Tensor, du: Tensor, dv: 
     return solution[:, : du.shape[1]], solution[:, du.shape[1] : -1]
 
 
-def _differentiate_fixed_point(p: _Problem, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """u and v as they are, with the fixed point's derivative attached for autograd."""
+def _differentiate_fixed_point(p: _Problem, u: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and w = v - log b as they are, with the fixed point's derivative attached for autograd."""
     with torch.no_grad():
         system = _fixed_point_system(p, u, v)
     step_x = _fill(p.log_a - p.damping_x * p.row_lse(v), p.active_rows, 0)
     step_y = _fill(p.log_b - p.damping_y * p.col_lse(u), p.active_cols, 0)
     steps = torch.cat([step_x, step_y, torch.zeros_like(step_x[:, :1])], 1).double()
     change = torch.linalg.solve(system, steps - steps.detach()).to(u.dtype)
-    return u + change[:, : u.shape[1]], v + change[:, u.shape[1] : -1]
+    du, dv = change[:, : u.shape[1]], change[:, u.shape[1] : -1]
+    return u + du, v + dv, w + dv - (p.log_b - p.log_b.detach())
 
 
 def _pairwise(x: Tensor, y: Tensor, cost: str) -> Tensor:
