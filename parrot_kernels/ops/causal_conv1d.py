@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, native
 from ..reference import causal_conv1d as reference
 
 OP = "causal_conv1d"
@@ -156,7 +156,18 @@ class Kernels(NamedTuple):
     backward: Callable[..., None]
 
 
-KERNELS = {"torch": Kernels(reference.forward, reference.backward)}
+def _cpu_forward(**arguments: Any) -> None:
+    native.call_cpu("causal_conv1d_forward", **arguments)
+
+
+def _cpu_backward(**arguments: Any) -> None:
+    native.call_cpu("causal_conv1d_backward", **arguments)
+
+
+KERNELS = {
+    "torch": Kernels(reference.forward, reference.backward),
+    "cpu": Kernels(_cpu_forward, _cpu_backward),
+}
 
 
 def _kernels(x: Tensor, backend: str | None) -> Kernels:

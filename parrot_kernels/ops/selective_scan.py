@@ -238,8 +238,17 @@ def _cuda_forward(*, chunk_size: int, checkpoints: Tensor | None, **arguments: A
     native.call_cuda("selective_scan_forward_cuda", u.device, workspace=workspace, **arguments)
 
 
+def _cpu_forward(**arguments: Any) -> None:
+    native.call_cpu("selective_scan_forward", **arguments)
+
+
+def _cpu_backward(**arguments: Any) -> None:
+    native.call_cpu("selective_scan_backward", **arguments)
+
+
 KERNELS = {  # a backend that has no backward of its own yet borrows the reference's
     "torch": Kernels(reference.forward, reference.backward, checkpoints=True),
+    "cpu": Kernels(_cpu_forward, _cpu_backward, checkpoints=True),
     "cuda": Kernels(_cuda_forward, reference.backward, checkpoints=False),
 }
 
