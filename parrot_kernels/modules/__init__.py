@@ -1,0 +1,9 @@
+"""nn.Modules over the ops."""
+
+from __future__ import annotations
+
+from .mamba import Mamba
+from .parallel_branch_fusion import ParallelBranchFusion
+from .sinkhorn_hadamard import SinkhornHadamard
+
+__all__ = ["Mamba", "ParallelBranchFusion", "SinkhornHadamard"]

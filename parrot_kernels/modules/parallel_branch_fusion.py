@@ -1,0 +1,75 @@
+"""PARROT's fusion of two streams: parallel branches of transport and products, concatenated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .sinkhorn_hadamard import SinkhornHadamard
+
+PARTS = ("hadamard", "x_to_y", "y", "y_to_x", "x")
+TRANSPORTED = ("x_to_y", "y_to_x")
+
+
+class ParallelBranchFusion(nn.Module):
+    """Concatenate branches of two paired feature matrices along the feature dimension.
+
+    Rows x_i and y_i belong together (two views of one sample). The N rows are the points of one entropic transport
+    problem, so a row's transported features depend on all rows: permuting them permutes the output, and changing
+    one changes all. The parts, of width D each:
+
+    ============  =====================================================
+    ``hadamard``  x_i * y_i
+    ``x_to_y``    (1/b_i) sum_j P_ji x_j, the x carried to row i of y
+    ``y_to_x``    (1/a_i) sum_j P_ij y_j, the y carried to row i of x
+    ``x``, ``y``  the inputs
+    ============  =====================================================
+
+    The default is PARROT's row (arXiv 2506.01138), [x*y, x_to_y, y, y_to_x, x]. With no transported part the
+    transport problem is not solved. With one row the plan is [[1]] and x_to_y, y_to_x are x, y themselves.
+
+    Args:
+        parts: which parts, in this order.
+        options: keyword arguments of :class:`SinkhornHadamard`.
+    """
+
+    def __init__(self, parts: Sequence[str] = PARTS, **options: Any) -> None:
+        super().__init__()
+        if not parts:
+            raise checks.error("ParallelBranchFusion", "parts", "at least one of " + ", ".join(PARTS), "none")
+        for part in parts:
+            checks.choice("ParallelBranchFusion", "parts", part, PARTS)
+        self.parts = tuple(parts)
+        self.transport = SinkhornHadamard(**options)
+
+    @property
+    def solves_transport(self) -> bool:
+        """Whether any part needs the transport plan."""
+        return any(part in TRANSPORTED for part in self.parts)
+
+    def width(self, dim: int) -> int:
+        """Features out for ``dim`` features in."""
+        return len(self.parts) * dim
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Fuse x and y, both (N, D) or a batch of independent problems (B, N, D), into (..., N, len(parts) * D)."""
+        if x.shape != y.shape:
+            raise checks.error("ParallelBranchFusion", "y", f"of x's shape {tuple(x.shape)}", tuple(y.shape))
+        branches = {"x": x, "y": y}
+        if "hadamard" in self.parts:
+            branches["hadamard"] = x * y
+        if self.solves_transport:
+            transported = self.transport(x, y)
+            branches |= {"x_to_y": transported.x_to_y, "y_to_x": transported.y_to_x}
+        return torch.cat([branches[part] for part in self.parts], dim=-1)
+
+    def plan(self, x: Tensor, y: Tensor) -> Tensor:
+        """The transport plan (..., N, N) between the rows of x and of y."""
+        return self.transport(x, y, return_plan=True).plan
+
+    def extra_repr(self) -> str:
+        return f"parts={self.parts}"
