@@ -1,1 +1,23 @@
-"""parrot_kernels: fused kernels for entropic optimal transport and Mamba-1."""
+"""parrot_kernels: fused kernels for entropic optimal transport and Mamba-1, on GPUs and on any CPU.
+
+``python -m parrot_kernels`` tells what this machine has and what serves each op.
+"""
+
+from __future__ import annotations
+
+from .modules import Mamba, ParallelBranchFusion, SinkhornHadamard
+from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from .ops.selective_scan import selective_scan, selective_state_update
+from .ops.sinkhorn_hadamard import SinkhornHadamardOutput, sinkhorn_hadamard
+
+__all__ = [
+    "Mamba",
+    "ParallelBranchFusion",
+    "SinkhornHadamard",
+    "SinkhornHadamardOutput",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_state_update",
+    "sinkhorn_hadamard",
+]
