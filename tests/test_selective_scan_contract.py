@@ -13,6 +13,7 @@ from scan_cases import leaves, outputs_and_gradients
 from selective_scan_cases import EVERYTHING, cotangents, make, run
 from tolerances import assert_close
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from parrot_kernels.ops import selective_scan as op
 from parrot_kernels.ops.selective_scan import selective_scan, selective_state_update
@@ -57,6 +58,15 @@ def test_compiled_without_a_graph_break_equals_eager():
         assert torch.equal(compiled(**inputs)[0], want["out"])
 
 
+def test_other_lengths_do_not_recompile():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(selective_scan, fullgraph=True, dynamic=True, backend=counter)
+    for length in (31, 33, 64, 100):
+        inputs, options = make(EVERYTHING | {"B": "step"}, length=length, dtype=torch.float32)
+        assert torch.equal(compiled(**inputs, **options), selective_scan(**inputs, **options))
+    assert counter.frame_count == 1
+
+
 def test_memory_kept_for_the_backward_is_of_the_order_of_the_inputs():
     inputs, options = make(EVERYTHING | {"B": "step"}, batch=1, dim=64, length=512, states=16, dtype=torch.float32)
     seen = []
@@ -95,7 +105,6 @@ def test_empty(shape):
 def test_cuda_launcher_speaks_the_binding(monkeypatch):
     """Without a device at least the keywords can be compared with those of the binding."""
     bindings = Path(__file__).parents[1].joinpath("csrc", "bindings.cpp").read_text()
-
     shared = re.search(r"#define SCAN_INPUTS((?:.*\\\n)*.*)", bindings)
 
     def keywords(function):
