@@ -25,7 +25,10 @@ _FP32 = frozenset({torch.float32})
 
 # What is implemented beside `torch`, which serves every op, dtype and option: op -> backend -> dtypes.
 IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
-    "sinkhorn_hadamard": {},
+    "sinkhorn_hadamard": {
+        "cpu": frozenset(checks.FLOATS),
+        "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
+    },
     "selective_scan": {"cuda": frozenset(checks.FLOATS)},
     "causal_conv1d": {},
 }

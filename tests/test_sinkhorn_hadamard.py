@@ -23,7 +23,7 @@ from sinkhorn_cases import (
     to,
     with_gradients,
 )
-from tolerances import assert_close
+from tolerances import assert_close, tolerance
 from torch import Tensor
 
 from parrot_kernels import backends
@@ -134,13 +134,14 @@ def test_half_precision_loses_only_the_last_rounding(backend, device, dtype):
     if not takes(backend, dtype):
         pytest.skip(f"{backend} does not take {dtype}")
     arguments = problem("unbalanced", SIZES, dtype)
-    given = cotangents(arguments)
+    given = to(cotangents(arguments), dtype)
     exact = with_gradients(oracle, to(arguments, FP64), given)
     got = with_gradients(functools.partial(op, backend=backend), to(arguments, device), given)
     for name in ("x_to_y", "y_to_x", "x_hadamard", "y_hadamard", "dx", "dy"):
         assert got[name].dtype == dtype
-        rounding = (exact[name].to(dtype).double() - exact[name]).abs().max()
-        assert (got[name].double().cpu() - exact[name]).abs().max() <= 2 * rounding, name
+        twice_the_rounding = torch.finfo(dtype).eps * exact[name].abs()
+        slack = tolerance("sinkhorn_grad", FP32) * max(1, exact[name].abs().max())
+        assert ((got[name].double().cpu() - exact[name]).abs() <= twice_the_rounding + slack).all(), name
     for name in ("f", "g", "plan", "cost", "error"):
         assert got[name].dtype == FP32
         assert_close(got[name].cpu(), exact[name], "sinkhorn", name)
@@ -329,10 +330,10 @@ def test_plan_has_the_marginal_of_y_for_any_eps():
 @pytest.mark.parametrize("case", ["plain", "everything"])
 @everywhere
 def test_opcheck(backend, device, case, gradient):
-    arguments = to(problem(case, SIZES, FP32), device)
+    arguments = to(problem(case, (2, 5, 6, 3), FP32), device)
     inputs = [arguments.get(n) for n in ("x", "y", "a", "b", "x_lengths", "y_lengths", "cost")]
     inputs = [t.to(torch.int32) if t is not None and not t.is_floating_point() else t for t in inputs]
-    inputs.append(arguments.get("eps", torch.full((4,), 0.05, device=device)))
+    inputs.append(arguments.get("eps", torch.full((2,), 0.05, device=device)))
     inputs = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
     numbers = [12.0, -1.0, -1.0, -1.0, 0.7, 1.0, 1.0]  # without tol, which leaves a part of the histories unwritten
     kind = "euclidean" if inputs[6] is None else "matrix"
