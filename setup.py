@@ -73,7 +73,10 @@ class Build:
                 "it was built with PARROT_BUILD_CUDA=0" if wanted == "0" else "nvcc was not found when it was built"
             )
 
-    def write_info(self, package: Path) -> None:
+    def write_info(self, command: BuildPython | BuildKernels) -> None:
+        """Put the record beside the modules: in the sources of an editable install, else in what becomes the wheel."""
+        root = ROOT if command.editable_mode else Path(command.build_lib)
+        package = root / "parrot_kernels"
         package.mkdir(parents=True, exist_ok=True)
         (package / "build_info.json").write_text(json.dumps(self.info, indent=1) + "\n")
 
@@ -87,11 +90,13 @@ class BuildPython(build_py):
     def run(self) -> None:
         super().run()
         if BUILD.compiler is None:
-            BUILD.write_info(ROOT / "parrot_kernels" if self.editable_mode else Path(self.build_lib, "parrot_kernels"))
+            BUILD.write_info(self)
 
 
 class BuildKernels(build_ext):
     """One CMake project instead of a list of sources."""
+
+    editable_mode = False  # setuptools sets it on the instance
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -109,7 +114,7 @@ class BuildKernels(build_ext):
             BUILD.info |= {"nvcc": self.version(BUILD.nvcc), "cuda_archs": BUILD.archs}
         if not built:
             BUILD.info["reason"] = f"{BUILD.compiler} did not compile it"
-        BUILD.write_info(target.parent)
+        BUILD.write_info(self)
         if not built:  # the extension is optional: setuptools goes on without it
             say("pure Python install: the kernels did not compile (messages above).")
             raise CompileError("the kernels did not compile")
@@ -131,8 +136,8 @@ class BuildKernels(build_ext):
         if cuda:
             configure += [f"-DCMAKE_CUDA_COMPILER={BUILD.nvcc}", f"-DPARROT_CUDA_ARCHS={BUILD.archs}"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        compile = ["cmake", "--build", str(tree), "--parallel", jobs]
-        if any(subprocess.run(command, check=False).returncode for command in (configure, compile)):
+        make = ["cmake", "--build", str(tree), "--parallel", jobs]
+        if any(subprocess.run(command, check=False).returncode for command in (configure, make)):
             return False
         shutil.copy2(next(tree.glob("_C*.so")), target)
         return True
