@@ -20,7 +20,7 @@ struct PairwiseCost {
 
     CostKind kind;
     int64_t n, m, features;
-    int64_t n_pad, m_pad;    // multiples of kGroup
+    int64_t n_pad, m_pad;    // multiples of kLanes
     int64_t feature_stride;  // multiple of kLanes; what lies past `features` is zero
     const T *x, *y;          // (n_pad, feature_stride) and (m_pad, feature_stride), zero past n and m
     T *x_rows, *y_rows;      // the same, centred; for cosine of unit length
@@ -77,8 +77,8 @@ struct PairwiseCost {
             if (team.rank == 0) find_centre();
             team.barrier();
         }
-        team.for_each(n_pad / kGroup<T>, [&](int64_t group) {
-            for (int64_t i = group * kGroup<T>; i < (group + 1) * kGroup<T>; ++i)
+        team.for_each(n_pad / kLanes<T>, [&](int64_t group) {
+            for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T>; ++i)
                 prepare_row(x, x_rows, x_norms, i, i < n);
         });
         team.for_each(m_pad / kLanes<T>, [&](int64_t group) {
@@ -113,32 +113,34 @@ struct PairwiseCost {
         return sum_each<T>(sums);
     }
 
-    // Rows [begin, end) of the cost, end - begin a multiple of kGroup; zero in the padding. Returns the largest entry.
-    __attribute__((noinline)) T rows(int64_t begin, int64_t end, T* cost, int64_t stride) const {
+    // Rows [begin, end) of the cost, begin a multiple of kLanes; zero in padded columns. Returns the largest entry.
+    __attribute__((noinline)) T rows(int64_t begin, int64_t end, Blocked<T> cost) const {
         const bool direct = by_differences(), cosine = kind == CostKind::cosine;
         if (!direct)
-            matmul<T>(end - begin, features, x_rows + begin * feature_stride, feature_stride, 1, y_packed,
-                      m_pad / kLanes<T>, cost, stride);
+            matmul<T>(end - begin, features,
+                      {x_rows + begin * feature_stride, feature_stride, kLanes<T> * feature_stride, 1, kLanes<T>},
+                      y_packed, m_pad / kLanes<T>,
+                      {cost.at(begin, 0), kLanes<T>, kLanes<T> * m_pad, kLanes<T> * kLanes<T>});
         const T product = cosine ? T(-1) : T(-2), difference = cosine ? T(0.5) : T(1);
         Vec<T> largest{};
         for (int64_t i = begin; i < end; ++i) {
-            T* row = cost + (i - begin) * stride;
             for (int64_t j = 0; j < m_pad; j += kLanes<T>) {
+                T* out = cost.at(i, j);
                 Vec<T> value;
                 if (direct) {
                     value = differences(i, j);
                 } else {
                     const Vec<T> norms = load(y_norms + j) + x_norms[i];
-                    value = norms + load(row + j) * product;
+                    value = norms + load(out) * product;
                     const IntVec<T> cancels = value < norms * kCancels;
                     if (any(cancels)) value = cancels ? differences(i, j) * difference : value;
                 }
-                if (i >= n) value = Vec<T>{};
                 if (kind == CostKind::euclidean) value = sqrt_each<T>(value);
-                store(row + j, value);
+                if (j + kLanes<T> > m)
+                    for (int64_t lane = m - j; lane < kLanes<T>; ++lane) value[lane] = 0;
+                store(out, value);
+                largest = vmax(value, largest);
             }
-            for (int64_t j = m; j < m_pad; ++j) row[j] = 0;
-            for (int64_t j = 0; j < m_pad; j += kLanes<T>) largest = vmax(load(row + j), largest);
         }
         return max_lanes<T>(largest);
     }

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #ifndef PARROT_ISA
 #define PARROT_ISA v2
@@ -104,10 +107,18 @@ PARROT_INLINE Vec<T> sqrt_each(Vec<T> v) {
 
 template <typename V>
 PARROT_INLINE bool any(V mask) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8(bit_cast<__m256i>(mask)) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_epi8(bit_cast<__m128i>(mask)) != 0;
+#else
     uint64_t words[sizeof(V) / 8], all = 0;
     __builtin_memcpy(words, &mask, sizeof(mask));
     for (uint64_t word : words) all |= word;
     return all != 0;
+#endif
 }
 
 // Sums over the lanes, pairwise, in the same order everywhere.

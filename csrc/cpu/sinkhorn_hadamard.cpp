@@ -86,8 +86,8 @@ struct ForwardProblem {
 
     static void read_points(const Team& team, const TensorView& from, int64_t problem, int64_t count, int64_t padded,
                             int64_t features, int64_t stride, T* out) {
-        team.for_each(padded / kGroup<T>, [&](int64_t group) {
-            for (int64_t i = group * kGroup<T>; i < (group + 1) * kGroup<T>; ++i) {
+        team.for_each(padded / kLanes<T>, [&](int64_t group) {
+            for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T>; ++i) {
                 T* row = out + i * stride;
                 if (i < count) read_row(RowView(from, problem, i), features, row);
                 for (int64_t d = i < count ? features : 0; d < stride; ++d) row[d] = 0;
@@ -98,16 +98,20 @@ struct ForwardProblem {
     __attribute__((noinline)) void cost_block(int64_t block) {
         auto& it = iteration;
         const int64_t begin = it.block_begin(block), end = it.block_end(block);
-        T* cost = it.cost + begin * it.stride;
         if (p.cost != CostKind::matrix) {
-            it.block_largest[block] = pairwise.rows(begin, end, cost, it.stride);
+            it.block_largest[block] = pairwise.rows(begin, end < it.n ? end : it.n, it.cost);
             return;
         }
         Vec<T> largest{};
-        for (int64_t i = begin; i < end; ++i, cost += it.stride) {
-            if (i < it.n) read_row(RowView(p.cost_matrix, problem, i), it.m, cost);
-            for (int64_t j = i < it.n ? it.m : 0; j < it.m_pad; ++j) cost[j] = 0;
-            for (int64_t j = 0; j < it.m_pad; j += L) largest = vmax(load(cost + j), largest);
+        for (int64_t i = begin; i < end && i < it.n; ++i) {
+            for (int64_t j = 0; j < it.m_pad; j += L) {
+                T values[L] = {};
+                RowView row(p.cost_matrix, problem, i);
+                row.offset += j * row.stride;
+                read_row(row, it.m - j < L ? it.m - j : L, values);
+                store(it.cost.at(i, j), load(values));
+                largest = vmax(load(values), largest);
+            }
         }
         it.block_largest[block] = max_lanes<T>(largest);
     }
@@ -138,35 +142,37 @@ struct ForwardProblem {
         it.keep_potentials = it.tolerance || p.f_history || p.g_history || !it.balanced_x || !it.balanced_y;
     }
 
+    // One row of a projection and its product with the points: sums * factor and points * that.
+    PARROT_INLINE void write_projection(const TensorView& projected, const TensorView& hadamard, int64_t row, T* sums,
+                                        T factor, const T* point) const {
+        for (int64_t d = 0; d < feature_stride; d += L) store(sums + d, load(sums + d) * factor);
+        write_row(RowView(projected, problem, row), sums, features, features);
+        for (int64_t d = 0; d < feature_stride; d += L) store(sums + d, load(sums + d) * load(point + d));
+        write_row(RowView(hadamard, problem, row), sums, features, features);
+    }
+
     // Rows of y_to_x, of the plan, and their part of the transport cost.
     __attribute__((noinline)) void finish_rows(int64_t block, const T* u, T* product) {
         auto& it = iteration;
-        const int64_t begin = it.block_begin(block), end = it.block_end(block);
-        matmul<T>(end - begin, it.m, it.kernel + begin * it.stride, it.stride, 1, y_packed, feature_stride / L, product,
-                  feature_stride);
+        const int64_t begin = it.block_begin(block), end = it.block_end(block) < it.n ? it.block_end(block) : it.n;
+        matmul<T>(end - begin, it.m, {it.kernel.at(begin, 0), L, L * it.m_pad, 1, L * L}, y_packed, feature_stride / L,
+                  {product, feature_stride, L * feature_stride, L});
         Vec<T> spent{};
-        for (int64_t i = begin; i < end && i < it.n; ++i, product += feature_stride) {
-            const T *row = it.kernel + i * it.stride, *cost = it.cost + i * it.stride;
+        for (int64_t i = begin; i < end; ++i, product += feature_stride) {
+            const T h = it.a[i] * u[i];
             Vec<T> row_cost{};
-            for (int64_t j = 0; j < it.m_pad; j += L) row_cost += load(row + j) * load(it.w + j) * load(cost + j);
-            spent += row_cost * (it.a[i] * u[i]);
-            for (int64_t d = 0; d < feature_stride; d += L) store(product + d, load(product + d) * u[i]);
-            write_row(RowView(p.y_to_x, problem, i), product, features, features);
-            for (int64_t d = 0; d < feature_stride; d += L)
-                store(product + d, load(product + d) * load(x + i * feature_stride + d));
-            write_row(RowView(p.x_hadamard, problem, i), product, features, features);
-            if (p.plan) {
-                const T h = it.a[i] * u[i];
-                T values[L];
-                for (int64_t j = 0; j < it.m; j += L) {
-                    store(values, load(row + j) * h * load(it.w + j));
-                    RowView out(p.plan, problem, i);
-                    out.offset += j * out.stride;
-                    write_row(out, values, it.m - j < L ? it.m - j : L, 0);
-                }
+            for (int64_t j = 0; j < it.m_pad; j += L)
+                row_cost += load(it.kernel.at(i, j)) * load(it.w + j) * load(it.cost.at(i, j));
+            spent += row_cost * h;
+            write_projection(p.y_to_x, p.x_hadamard, i, product, u[i], x + i * feature_stride);
+            if (!p.plan) continue;
+            T values[L];
+            for (int64_t j = 0; j < M; j += L) {
+                if (j < it.m) store(values, load(it.kernel.at(i, j)) * h * load(it.w + j));
                 RowView out(p.plan, problem, i);
-                out.offset += it.m * out.stride;
-                write_row(out, values, 0, M - it.m);
+                out.offset += j * out.stride;
+                const int64_t valid = j > it.m ? 0 : it.m - j;
+                write_row(out, values, valid < L ? valid : L, M - j < L ? M - j : L);
             }
         }
         it.block_cost[block] = sum_lanes<T>(spent);
@@ -174,16 +180,11 @@ struct ForwardProblem {
 
     __attribute__((noinline)) void finish_columns(int64_t tile, T* product) {
         auto& it = iteration;
-        const int64_t begin = tile * kColumnTile, end = begin + kColumnTile < it.m_pad ? begin + kColumnTile : it.m_pad;
-        matmul<T>(end - begin, it.n, it.kernel + begin, 1, it.stride, x_packed, feature_stride / L, product,
-                  feature_stride);
-        for (int64_t j = begin; j < end && j < it.m; ++j, product += feature_stride) {
-            for (int64_t d = 0; d < feature_stride; d += L) store(product + d, load(product + d) * it.v[j]);
-            write_row(RowView(p.x_to_y, problem, j), product, features, features);
-            for (int64_t d = 0; d < feature_stride; d += L)
-                store(product + d, load(product + d) * load(y + j * feature_stride + d));
-            write_row(RowView(p.y_hadamard, problem, j), product, features, features);
-        }
+        const int64_t begin = tile * kColumnTile, end = begin + kColumnTile < it.m ? begin + kColumnTile : it.m;
+        matmul<T>(end - begin, it.n, {it.kernel.at(0, begin), 1, L * L, L, L * it.m_pad}, x_packed, feature_stride / L,
+                  {product, feature_stride, L * feature_stride, L});
+        for (int64_t j = begin; j < end; ++j, product += feature_stride)
+            write_projection(p.x_to_y, p.y_hadamard, j, product, it.v[j], y + j * feature_stride);
     }
 
     void write_potentials(const T* potential, const TensorView& out, const TensorView& history, int steps,
@@ -202,12 +203,12 @@ struct ForwardProblem {
         auto& it = iteration;
         const int64_t vectors = feature_stride / L;
         const T* u = it.u[result.iterations & 1];
-        team.for_each(it.n_pad / kGroup<T>, [&](int64_t group) {
-            for (int64_t i = group * kGroup<T>; i < (group + 1) * kGroup<T> && i < it.n; ++i)
+        team.for_each(it.n_pad / kLanes<T>, [&](int64_t group) {
+            for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T> && i < it.n; ++i)
                 pack_row(x_packed, x + i * feature_stride, it.a[i] * u[i], i, it.n, vectors);
         });
-        team.for_each(it.m_pad / kGroup<T>, [&](int64_t group) {
-            for (int64_t j = group * kGroup<T>; j < (group + 1) * kGroup<T> && j < it.m; ++j)
+        team.for_each(it.m_pad / kLanes<T>, [&](int64_t group) {
+            for (int64_t j = group * kLanes<T>; j < (group + 1) * kLanes<T> && j < it.m; ++j)
                 pack_row(y_packed, y + j * feature_stride, it.w[j], j, it.m, vectors);
         });
         T* product = products + team.rank * product_rows() * feature_stride;

@@ -32,7 +32,6 @@ struct SinkhornIteration {
     static constexpr int64_t kBlockRows = 64, kMaxBlocks = 64, kChunkVectors = 4;
 
     int64_t n, m, n_pad, m_pad;
-    int64_t stride;  // of a row of `cost` and `kernel`
     int64_t block_rows, blocks, chunks;
     int n_iters;
     T eps, tol, damp_x, damp_y, inverse;  // inverse = 1 / (scale eps)
@@ -40,7 +39,7 @@ struct SinkhornIteration {
     TensorView f_history, g_history;
     int64_t problem;
 
-    T *cost, *kernel;                 // (n_pad, stride), the cost not yet scaled; zero in the padding
+    Blocked<T> cost, kernel;          // (n_pad, m_pad), the cost not yet scaled; zero in padded columns
     T *a, *log_a, *alpha, *h;         // (n_pad); a and h are zero in the padding
     T *u[2], *F[2];                   // (n_pad), after odd and after even iterations
     T *b, *log_b, *beta, *v, *w, *G;  // (m_pad); in the padding b and w are zero, log_b, beta and G -infinity
@@ -60,18 +59,16 @@ struct SinkhornIteration {
 
     void set_shape(int64_t n_, int64_t m_) {
         n = n_, m = m_;
-        n_pad = round_to_group<T>(n), m_pad = round_to_group<T>(m);
-        // Rows a multiple of 1 KiB apart would share few sets of the caches.
-        stride = m_pad * sizeof(T) % 1024 == 0 ? m_pad + kAlignment / static_cast<int64_t>(sizeof(T)) : m_pad;
+        n_pad = round_up<T>(n), m_pad = round_up<T>(m);
         const int64_t rows = (n_pad + kMaxBlocks - 1) / kMaxBlocks;
-        block_rows = round_to_group<T>(rows > kBlockRows ? rows : kBlockRows);
+        block_rows = round_up<T>(rows > kBlockRows ? rows : kBlockRows);
         blocks = (n_pad + block_rows - 1) / block_rows;
         chunks = (m_pad / L + kChunkVectors - 1) / kChunkVectors;
     }
 
     void carve(Carver& carver, int threads) {
-        cost = carver.take<T>(n_pad * stride);
-        kernel = carver.take<T>(n_pad * stride);
+        cost = {carver.take<T>(n_pad * m_pad), m_pad};
+        kernel = {carver.take<T>(n_pad * m_pad), m_pad};
         for (T** array : {&a, &log_a, &alpha, &h, &u[0], &u[1], &F[0], &F[1], &row_tail})
             *array = carver.take<T>(n_pad);
         for (T** array : {&b, &log_b, &beta, &v, &w, &G, &column_tail}) *array = carver.take<T>(m_pad);
@@ -136,9 +133,9 @@ struct SinkhornIteration {
 
     // Row i anew from the cost: its maximum into alpha, its row of K; returns its sum s.
     __attribute__((noinline)) T refresh_row(int64_t i, int k) {
-        const T *c = cost + i * stride, scale = inverse;
+        const T *c = cost.at(i, 0), scale = inverse;
         Vec<T> largest = broadcast(-T(__builtin_huge_val()));
-        for (int64_t j = 0; j < m_pad; j += L) largest = vmax(load(G + j) - load(c + j) * scale, largest);
+        for (int64_t j = 0; j < m_pad; j += L) largest = vmax(load(G + j) - load(c + j * L) * scale, largest);
         const T offset = -max_lanes<T>(largest);
         if (k > 1) {  // the last iteration's u with respect to the new offset
             T& before = u[(k - 1) & 1][i];
@@ -148,12 +145,12 @@ struct SinkhornIteration {
         alpha[i] = offset;
         Vec<T> sum{};
         largest = Vec<T>{};
-        T* row = kernel + i * stride;
+        T* row = kernel.at(i, 0);
         for (int64_t j = 0; j < m_pad; j += L) {
-            const Vec<T> exponent = (load(beta + j) + offset) - load(c + j) * scale;
+            const Vec<T> exponent = (load(beta + j) + offset) - load(c + j * L) * scale;
             const Vec<T> entry = exp<T>(exponent);
             largest = vmax(exponent, largest);
-            store(row + j, entry);
+            store(row + j * L, entry);
             sum += entry * load(w + j);
         }
         flag_if(max_lanes<T>(largest) > kLargestEntry, k);
@@ -173,7 +170,7 @@ struct SinkhornIteration {
         const bool want_potentials = keep_potentials || k == n_iters;
         Vec<T> error{};
         for (int64_t i = block_begin(block); i < block_end(block); i += L) {
-            const T* rows = kernel + i * stride;
+            const T* rows = kernel.at(i, 0);
             Vec<T> s = load(row_tail + i);
             if (k > 1) s += dot_rows(rows);
             const IntVec<T> bad = k > 1 ? untrusted(s) : IntVec<T>{} - 1;
@@ -205,38 +202,40 @@ struct SinkhornIteration {
 
     PARROT_INLINE static Vec<T> magnitude(Vec<T> x) { return x < T(0) ? -x : x; }
 
-    static constexpr int kStep = L < 8 ? L : 8;  // rows that are walked through together
+    static constexpr int kDotStep = L < 8 ? L : 8;  // rows whose sums are in registers at the same time
+    static constexpr int kAddStep = kVectorBytes == 64 ? L : kDotStep;
 
+    // `rows` is a group of kLanes rows of K.
     PARROT_INLINE Vec<T> dot_rows(const T* rows) const {
         Vec<T> sums[L];
         PARROT_UNROLL
-        for (int first = 0; first < L; first += kStep) {
-            Vec<T> sum[kStep] = {};
-            const T* p = rows + first * stride;
-            for (int64_t j = 0; j < m_pad; j += L) {
+        for (int first = 0; first < L; first += kDotStep) {
+            Vec<T> sum[kDotStep] = {};
+            const T* p = rows + first * L;
+            for (int64_t j = 0; j < m_pad; j += L, p += L * L) {
                 const Vec<T> wj = load(w + j);
                 PARROT_UNROLL
-                for (int r = 0; r < kStep; ++r) sum[r] += load(p + r * stride + j) * wj;
+                for (int r = 0; r < kDotStep; ++r) sum[r] += load(p + r * L) * wj;
             }
             PARROT_UNROLL
-            for (int r = 0; r < kStep; ++r) sums[first + r] = sum[r];
+            for (int r = 0; r < kDotStep; ++r) sums[first + r] = sum[r];
         }
         return sum_each<T>(sums);
     }
 
     PARROT_INLINE void add_rows(const T* rows, const T* factors, T* t) const {
         PARROT_UNROLL
-        for (int first = 0; first < L; first += kStep) {
-            Vec<T> factor[kStep];
+        for (int first = 0; first < L; first += kAddStep) {
+            Vec<T> factor[kAddStep];
             PARROT_UNROLL
-            for (int r = 0; r < kStep; ++r) factor[r] = broadcast(factors[first + r]);
-            const T* p = rows + first * stride;
-            for (int64_t j = 0; j < m_pad; j += L) {
+            for (int r = 0; r < kAddStep; ++r) factor[r] = broadcast(factors[first + r]);
+            const T* p = rows + first * L;
+            for (int64_t j = 0; j < m_pad; j += L, p += L * L) {
                 Vec<T> even = load(t + j), odd{};
                 PARROT_UNROLL
-                for (int r = 0; r < kStep; r += 2) {
-                    even += load(p + r * stride + j) * factor[r];
-                    odd += load(p + (r + 1) * stride + j) * factor[r + 1];
+                for (int r = 0; r < kAddStep; r += 2) {
+                    even += load(p + r * L) * factor[r];
+                    odd += load(p + (r + 1) * L) * factor[r + 1];
                 }
                 store(t + j, even + odd);
             }
@@ -251,22 +250,20 @@ struct SinkhornIteration {
 
     // kLanes columns from j on anew from the cost, as refresh_row; F are the row potentials.
     __attribute__((noinline)) Vec<T> refresh_columns(int64_t j, int k, const T* potentials) {
-        const T* c = cost + j;
         const T scale = inverse;
         const T infinity = __builtin_huge_val();
         Vec<T> largest = broadcast(-infinity);
-        for (int64_t i = 0; i < n; ++i)
-            largest = vmax(broadcast(potentials[i]) - load(c + i * stride) * scale, largest);
+        for (int64_t i = 0; i < n; ++i) largest = vmax(broadcast(potentials[i]) - load(cost.at(i, j)) * scale, largest);
         const IntVec<T> padding = load(column_tail + j) > T(0);
         const Vec<T> offset = padding ? broadcast(-infinity) : -largest;
         store(beta + j, offset);
         Vec<T> sum = load(column_tail + j);
         largest = Vec<T>{};
         for (int64_t i = 0; i < n; ++i) {
-            const Vec<T> exponent = (offset + alpha[i]) - load(c + i * stride) * scale;
+            const Vec<T> exponent = (offset + alpha[i]) - load(cost.at(i, j)) * scale;
             const Vec<T> entry = exp<T>(exponent);
             largest = vmax(exponent, largest);
-            store(kernel + i * stride + j, entry);
+            store(kernel.at(i, j), entry);
             sum += entry * h[i];
         }
         flag_if(max_lanes<T>(largest) > kLargestEntry, k);
@@ -327,7 +324,7 @@ struct SinkhornIteration {
             for (int64_t i = 0; i < n_pad; ++i) alpha[i] = 0;
             for (int64_t i = n; i < n_pad; ++i) {
                 u[0][i] = u[1][i] = 1, h[i] = 0;
-                for (int64_t j = 0; j < m_pad; ++j) kernel[i * stride + j] = 0;
+                for (int64_t j = 0; j < m_pad; j += L) store(kernel.at(i, j), Vec<T>{});
             }
         }
         team.barrier();
@@ -355,11 +352,11 @@ struct SinkhornIteration {
         T error = 0;
         const T scale = inverse;
         for (int64_t i = block_begin(block); i < block_end(block) && i < n; ++i) {
-            const T* c = cost + i * stride;
+            const T* c = cost.at(i, 0);
             Vec<T> largest = broadcast(-T(__builtin_huge_val())), sum{};
-            for (int64_t j = 0; j < m_pad; j += L) largest = vmax(load(G + j) - load(c + j) * scale, largest);
+            for (int64_t j = 0; j < m_pad; j += L) largest = vmax(load(G + j) - load(c + j * L) * scale, largest);
             const T offset = max_lanes<T>(largest);
-            for (int64_t j = 0; j < m_pad; j += L) sum += exp<T>((load(G + j) - load(c + j) * scale) - offset);
+            for (int64_t j = 0; j < m_pad; j += L) sum += exp<T>((load(G + j) - load(c + j * L) * scale) - offset);
             const T lse = offset + log_one(sum_lanes<T>(sum));
             const T before = F[(k - 1) & 1][i], now = log_a[i] - damp_x * lse;
             if (check) {
@@ -377,12 +374,11 @@ struct SinkhornIteration {
         const int64_t end = begin + kChunkVectors * L < m_pad ? begin + kChunkVectors * L : m_pad;
         const T *potentials = F[k & 1], scale = inverse;
         for (int64_t j = begin; j < end; j += L) {
-            const T* c = cost + j;
             Vec<T> largest = broadcast(-T(__builtin_huge_val())), sum{};
             for (int64_t i = 0; i < n; ++i)
-                largest = vmax(broadcast(potentials[i]) - load(c + i * stride) * scale, largest);
+                largest = vmax(broadcast(potentials[i]) - load(cost.at(i, j)) * scale, largest);
             for (int64_t i = 0; i < n; ++i)
-                sum += exp<T>((broadcast(potentials[i]) - load(c + i * stride) * scale) - largest);
+                sum += exp<T>((broadcast(potentials[i]) - load(cost.at(i, j)) * scale) - largest);
             store(G + j, load(log_b + j) - (largest + log<T>(sum)) * damp_y);
         }
         write_history(g_history, k, G, begin, end < m ? end : m);
@@ -423,8 +419,8 @@ struct SinkhornIteration {
             alpha[i] = F[k & 1][i] - log_a[i];
             u[k & 1][i] = 1, h[i] = a[i];
             for (int64_t j = 0; j < m_pad; j += L) {
-                const Vec<T> entry = exp<T>((alpha[i] - load(cost + i * stride + j) * inverse) + load(beta + j));
-                store(kernel + i * stride + j, entry);
+                const Vec<T> entry = exp<T>((alpha[i] - load(cost.at(i, j)) * inverse) + load(beta + j));
+                store(kernel.at(i, j), entry);
                 store(t + j, load(t + j) + entry * h[i]);
             }
         }
