@@ -71,6 +71,18 @@ def index(BLOCK: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def patches_of_columns(M, j):
+    """How many patches of the columns j hold the first M."""
+    return tl.cdiv(M, j.shape[1] * j.shape[2])
+
+
+@triton.jit
+def patch_of_columns(k, j):
+    """The k-th patch of the columns j, kept three-dimensional."""
+    return k * (j.shape[1] * j.shape[2]) + index(j.shape[1] * j.shape[2], j.shape[1], j.shape[2])
+
+
+@triton.jit
 def spread(vector, ROWS: tl.constexpr):
     """A row vector or a column vector, broadcast against the tile."""
     if ROWS:
@@ -113,21 +125,26 @@ def max_vector(vector, ROWS: tl.constexpr):
 
 
 @triton.jit
-def log_sum_exp(c, other, shift, valid, ROWS: tl.constexpr):
-    """log2 of the row (or column) sums of 2^(other - c), with a shift that should be near the result."""
-    # c + shift, not other - shift: the difference `other - c` would be shared with the branch and held in registers.
-    sums = sum_tile(tl.exp2(spread(other, not ROWS) - (c + spread(shift, ROWS))), ROWS)
+def log_sum_exp(c, other, shift, valid, nothing, ROWS: tl.constexpr):
+    """log2 of the row (or column) sums of 2^(other - c), with a shift that should be near the result.
+
+    ``nothing`` is a zero that the compiler can't know. Added to ``other``, it makes other - c a new value in each
+    pass; else one (N, M) tile of them would be held in registers from the first pass to the last.
+    """
+    sums = sum_tile(tl.exp2((spread(other, not ROWS) - c) - spread(shift, ROWS)), ROWS)
     sums = tl.where(valid, sums, 1.0)
     outside = (sums < SMALLEST_SUM) | (sums > LARGEST_SUM)
     if max_vector(outside.to(tl.int32), ROWS) > 0:
+        other += nothing
         shift = tl.where(valid, max_tile(spread(other, not ROWS) - c, ROWS), 0.0)
-        sums = sum_tile(tl.exp2(spread(other, not ROWS) - (c + spread(shift, ROWS))), ROWS)
+        other += nothing
+        sums = sum_tile(tl.exp2((spread(other, not ROWS) - c) - spread(shift, ROWS)), ROWS)
         sums = tl.where(valid, sums, 1.0)
     return shift + tl.log2(sums)
 
 
 @triton.jit
-def log2_weights(weights, index, valid, count, ROWS: tl.constexpr):
+def log2_weights(weights, index, valid, count):
     """log2 of the floored weights, uniform if there are none; 0 in the padding."""
     if weights is None:
         return tl.where(valid, -tl.log2(tl.maximum(count, 1).to(tl.float32)), 0.0)
@@ -137,15 +154,16 @@ def log2_weights(weights, index, valid, count, ROWS: tl.constexpr):
 
 
 @triton.jit
-def cost_tile(
-    x, y, cost_matrix, i, j, valid_i, valid_j, M, D,
-    COST: tl.constexpr,
-):  # fmt: skip
+def cost_tile(x, y, cost_matrix, i, j, valid_i, valid_j, m, M, D, COST: tl.constexpr):
     """Unscaled costs of one problem; what stands outside the valid block is unspecified but finite."""
     if COST == MATRIX:
-        offsets = spread(i * M, True) + spread(j, False)
-        mask = spread(valid_i, True) & spread(valid_j, False)
-        tile = tl.load(cost_matrix + offsets, mask=mask, other=0.0).to(tl.float32)
+        tile = spread(tl.zeros_like(i).to(tl.float32), True) + spread(tl.zeros_like(j).to(tl.float32), False)
+        patch = tl.arange(0, j.shape[0])[:, None, None, None, None, None]
+        for k in range(patches_of_columns(M, j)):  # at once, the pointers to all would fill the registers
+            columns = patch_of_columns(k, j)
+            mask = spread(valid_i, True) & spread(columns < m, False)
+            part = tl.load(cost_matrix + (spread(i * M, True) + spread(columns, False)), mask=mask, other=0.0)
+            tile = tl.where(patch == k, part.to(tl.float32), tile)
     else:
         norm_x = tl.zeros_like(i).to(tl.float32)
         norm_y = tl.zeros_like(j).to(tl.float32)
@@ -232,7 +250,7 @@ def _sinkhorn_hadamard_forward(
     if b is not None:
         b += problem * M
 
-    c = cost_tile(x, y, cost_matrix, i, j, valid_i, valid_j, M, D, COST)
+    c = cost_tile(x, y, cost_matrix, i, j, valid_i, valid_j, m, M, D, COST)
     valid = spread(valid_i, True) & spread(valid_j, False)
     if cost_scale is None:
         largest = max_vector(max_tile(tl.where(valid, c, 0.0), True), True)
@@ -241,22 +259,23 @@ def _sinkhorn_hadamard_forward(
         divisor = cost_scale * 1.0
     epsilon = tl.load(eps + problem)
     unit = epsilon * LN2  # of the potentials and of c, below
+    nothing = tl.minimum(epsilon, 0.0)
     c = tl.where(valid, c / divisor / unit, float("inf"))
-    log_a = log2_weights(a, i, valid_i, n, True)
-    log_b = log2_weights(b, j, valid_j, m, False)
+    log_a = log2_weights(a, i, valid_i, n)
+    log_b = log2_weights(b, j, valid_j, m)
     damp_x = 1.0 / (1.0 + epsilon * inverse_rho_x)
     damp_y = 1.0 / (1.0 + epsilon * inverse_rho_y)
 
     f_now = tl.zeros_like(log_a)
     g_now = tl.zeros_like(log_b)
     s = tl.zeros_like(log_b)
-    r = log_sum_exp(c, g_now, f_now, valid_i, True)
+    r = log_sum_exp(c, g_now, f_now, valid_i, nothing, True)
     done = remaining * 0
     while done < remaining:
         f_now = tl.where(valid_i, log_a - damp_x * r, 0.0)
-        s = log_sum_exp(c, f_now, s, valid_j, False)
+        s = log_sum_exp(c, f_now, s, valid_j, nothing, False)
         g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
-        r = log_sum_exp(c, g_now, r, valid_i, True)
+        r = log_sum_exp(c, g_now, r, valid_i, nothing, True)
         if f_history is not None:
             step = problem * n_iters + done
             tl.store(f_history + step * N + i, f_now * unit, mask=i < N)
@@ -282,14 +301,19 @@ def _sinkhorn_hadamard_forward(
     tl.store(f + problem * N + i, f_now * unit, mask=i < N)
     tl.store(g + problem * M + j, g_now * unit, mask=j < M)
 
-    probability = tl.exp2(spread(f_now, True) + spread(g_now, False) - c)
+    probability = tl.exp2((spread(f_now, True) - c) + spread(g_now, False))
     spent = probability * tl.where(valid, c, 0.0)
     tl.store(transport_cost + problem, sum_vector(sum_tile(spent, True), True) * unit)
     if plan is not None:
-        inside = spread(i < N, True) & spread(j < M, False)
-        tl.store(plan + problem * N * M + spread(i * M, True) + spread(j, False), probability, mask=inside)
+        plan += problem * N * M
+        patch = tl.arange(0, j.shape[0])[:, None, None, None, None, None]
+        for k in range(patches_of_columns(M, j)):
+            columns = patch_of_columns(k, j)
+            mask = spread(i < N, True) & spread(columns < M, False)
+            part = tl.sum(tl.where(patch == k, probability, 0.0), 0)[None]
+            tl.store(plan + (spread(i * M, True) + spread(columns, False)), part, mask=mask)
 
-    to_x = tl.exp2(spread(f_now - log_a, True) + spread(g_now, False) - c)
+    to_x = tl.exp2((spread(f_now - log_a, True) - c) + spread(g_now, False))
     y_to_x += problem * N * D
     x_hadamard += problem * N * D
     for d in range(D):
@@ -299,7 +323,8 @@ def _sinkhorn_hadamard_forward(
         tl.store(y_to_x + (i * D + d), moved, mask=i < N)
         tl.store(x_hadamard + (i * D + d), x_d * moved, mask=i < N)
     # g - log2 b is -damp_y s; with log_b here, its copies would be held in registers through the loop.
-    to_y = tl.exp2(spread(f_now, True) - spread(damp_y * s, False) - c)
+    f_now += nothing  # see log_sum_exp
+    to_y = tl.exp2((spread(f_now, True) - c) - spread(damp_y * s, False))
     x_to_y += problem * M * D
     y_hadamard += problem * M * D
     for d in range(D):
