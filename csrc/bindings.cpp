@@ -74,30 +74,103 @@ void bind_sinkhorn_hadamard(py::module_& m) {
         py::arg("f_history"), py::arg("g_history"), py::arg("num_threads"));
 }
 
-#ifdef PARROT_WITH_CUDA
+// The inputs of the selective scan, in the order of SCAN_INPUTS.
+#define SCAN_PARAMETERS                                                                               \
+    TensorView u, TensorView delta, TensorView A, TensorView B, TensorView C, Optional D, Optional z, \
+        Optional delta_bias, bool delta_softplus, bool reverse, Optional lengths, Optional seq_idx,   \
+        Optional initial_state
+#define SCAN_INPUTS                                                                                             \
+    py::kw_only(), py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"),      \
+        py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("reverse"), py::arg("lengths"), \
+        py::arg("seq_idx"), py::arg("initial_state")
+#define SET_SCAN_INPUTS(p)                                                                    \
+    p.u = u, p.delta = delta, p.A = A, p.B = B, p.C = C, p.D = given(D), p.z = given(z);      \
+    p.delta_bias = given(delta_bias), p.lengths = given(lengths), p.seq_idx = given(seq_idx); \
+    p.initial_state = given(initial_state), p.delta_softplus = delta_softplus, p.reverse = reverse
+
 void bind_selective_scan(py::module_& m) {
     m.def(
-        "selective_scan_forward_cuda",
-        [](TensorView u, TensorView delta, TensorView A, TensorView B, TensorView C, Optional D, Optional z,
-           Optional delta_bias, bool delta_softplus, bool reverse, Optional lengths, Optional seq_idx,
-           Optional initial_state, TensorView out, TensorView final_state, Optional workspace, uintptr_t stream) {
+        "selective_scan_forward",
+        [](SCAN_PARAMETERS, int64_t chunk_size, TensorView out, TensorView final_state, Optional checkpoints,
+           int num_threads) {
             SelectiveScanForward p;
-            p.u = u, p.delta = delta, p.A = A, p.B = B, p.C = C, p.D = given(D), p.z = given(z);
-            p.delta_bias = given(delta_bias), p.lengths = given(lengths), p.seq_idx = given(seq_idx);
-            p.initial_state = given(initial_state), p.delta_softplus = delta_softplus, p.reverse = reverse;
-            p.out = out, p.final_state = final_state, p.workspace = given(workspace),
+            SET_SCAN_INPUTS(p);
+            p.out = out, p.final_state = final_state, p.checkpoints = given(checkpoints), p.chunk_size = chunk_size;
+            p.num_threads = num_threads;
+            py::gil_scoped_release release;
+            cpu::selective_scan_forward(p);
+        },
+        SCAN_INPUTS, py::arg("chunk_size"), py::arg("out"), py::arg("final_state"), py::arg("checkpoints"),
+        py::arg("num_threads"));
+    m.def(
+        "selective_scan_backward",
+        [](SCAN_PARAMETERS, Optional grad_out, Optional grad_final_state, int64_t chunk_size, Optional checkpoints,
+           TensorView du, TensorView ddelta, TensorView dA, TensorView dB, TensorView dC, Optional dD, Optional dz,
+           Optional ddelta_bias, Optional dinitial_state, int num_threads) {
+            SelectiveScanBackward p;
+            SET_SCAN_INPUTS(p);
+            p.grad_out = given(grad_out), p.grad_final_state = given(grad_final_state);
+            p.checkpoints = given(checkpoints), p.chunk_size = chunk_size;
+            p.du = du, p.ddelta = ddelta, p.dA = dA, p.dB = dB, p.dC = dC, p.dD = given(dD), p.dz = given(dz);
+            p.ddelta_bias = given(ddelta_bias), p.dinitial_state = given(dinitial_state);
+            p.num_threads = num_threads;
+            py::gil_scoped_release release;
+            cpu::selective_scan_backward(p);
+        },
+        SCAN_INPUTS, py::arg("grad_out"), py::arg("grad_final_state"), py::arg("chunk_size"), py::arg("checkpoints"),
+        py::arg("du"), py::arg("ddelta"), py::arg("dA"), py::arg("dB"), py::arg("dC"), py::arg("dD"), py::arg("dz"),
+        py::arg("ddelta_bias"), py::arg("dinitial_state"), py::arg("num_threads"));
+#ifdef PARROT_WITH_CUDA
+    m.def(
+        "selective_scan_forward_cuda",
+        [](SCAN_PARAMETERS, TensorView out, TensorView final_state, Optional workspace, uintptr_t stream) {
+            SelectiveScanForward p;
+            SET_SCAN_INPUTS(p);
+            p.out = out, p.final_state = final_state, p.workspace = given(workspace);
             p.stream = reinterpret_cast<void*>(stream);
             const char* failure = cuda::selective_scan_forward(p);
             if (failure) throw std::runtime_error(std::string("selective_scan (cuda): ") + failure);
         },
-        py::kw_only(), py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"),
-        py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("reverse"), py::arg("lengths"),
-        py::arg("seq_idx"), py::arg("initial_state"), py::arg("out"), py::arg("final_state"),
-        py::arg("workspace") = std::nullopt, py::arg("stream"));
+        SCAN_INPUTS, py::arg("out"), py::arg("final_state"), py::arg("workspace") = std::nullopt, py::arg("stream"));
     m.def("selective_scan_workspace_cuda", &cuda::selective_scan_workspace, py::kw_only(), py::arg("batch"),
           py::arg("dim"), py::arg("groups"), py::arg("length"), py::arg("state"));
-}
 #endif
+}
+
+void bind_causal_conv1d(py::module_& m) {
+    m.def(
+        "causal_conv1d_forward",
+        [](TensorView x, TensorView weight, Optional bias, bool silu, bool reverse, Optional lengths, Optional seq_idx,
+           Optional initial_state, TensorView out, TensorView final_state, int num_threads) {
+            CausalConv1dForward p;
+            p.x = x, p.weight = weight, p.bias = given(bias), p.lengths = given(lengths), p.seq_idx = given(seq_idx);
+            p.initial_state = given(initial_state), p.silu = silu, p.reverse = reverse;
+            p.out = out, p.final_state = final_state, p.num_threads = num_threads;
+            py::gil_scoped_release release;
+            cpu::causal_conv1d_forward(p);
+        },
+        py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("silu"), py::arg("reverse"),
+        py::arg("lengths"), py::arg("seq_idx"), py::arg("initial_state"), py::arg("out"), py::arg("final_state"),
+        py::arg("num_threads"));
+    m.def(
+        "causal_conv1d_backward",
+        [](Optional grad_out, Optional grad_final_state, TensorView x, TensorView weight, Optional bias, bool silu,
+           bool reverse, Optional lengths, Optional seq_idx, Optional initial_state, TensorView dx, TensorView dweight,
+           Optional dbias, Optional dinitial_state, int num_threads) {
+            CausalConv1dBackward p;
+            p.x = x, p.weight = weight, p.bias = given(bias), p.lengths = given(lengths), p.seq_idx = given(seq_idx);
+            p.initial_state = given(initial_state), p.silu = silu, p.reverse = reverse;
+            p.grad_out = given(grad_out), p.grad_final_state = given(grad_final_state);
+            p.dx = dx, p.dweight = dweight, p.dbias = given(dbias), p.dinitial_state = given(dinitial_state);
+            p.num_threads = num_threads;
+            py::gil_scoped_release release;
+            cpu::causal_conv1d_backward(p);
+        },
+        py::kw_only(), py::arg("grad_out"), py::arg("grad_final_state"), py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("silu"), py::arg("reverse"), py::arg("lengths"), py::arg("seq_idx"),
+        py::arg("initial_state"), py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dinitial_state"),
+        py::arg("num_threads"));
+}
 
 }  // namespace
 
@@ -106,9 +179,10 @@ PYBIND11_MODULE(_C, m) {
     py::class_<TensorView>(m, "TensorView").def(py::init(&make_view));
     m.attr("isa") = cpu::isa();
     bind_sinkhorn_hadamard(m);
+    bind_selective_scan(m);
+    bind_causal_conv1d(m);
 #ifdef PARROT_WITH_CUDA
     m.attr("has_cuda") = true;
-    bind_selective_scan(m);
 #else
     m.attr("has_cuda") = false;
 #endif

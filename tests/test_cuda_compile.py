@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_selective_scan import CASES, EVERYTHING, make
+from selective_scan_cases import CASES, EVERYTHING, make
 from tolerances import assert_close
 
 from parrot_kernels import native

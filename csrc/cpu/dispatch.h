@@ -2,12 +2,17 @@
 // own namespace, and dispatch.cpp picks the best one the processor has, once.
 #pragma once
 
+#include "causal_conv1d.h"
 #include "selective_scan.h"
 #include "sinkhorn_hadamard.h"
 
 // Every CPU kernel: X(function, parameter struct).
-#define PARROT_CPU_KERNELS(X) \
-    X(sinkhorn_hadamard_forward, SinkhornHadamardForward)
+#define PARROT_CPU_KERNELS(X)                              \
+    X(sinkhorn_hadamard_forward, SinkhornHadamardForward) \
+    X(selective_scan_forward, SelectiveScanForward)       \
+    X(selective_scan_backward, SelectiveScanBackward)     \
+    X(causal_conv1d_forward, CausalConv1dForward)         \
+    X(causal_conv1d_backward, CausalConv1dBackward)
 
 namespace parrot {
 

@@ -5,17 +5,31 @@
 
 namespace parrot {
 
-struct SelectiveScanForward {
+struct SelectiveScanInputs {
     // u, delta (B,D,L); A (D,N); B, C (D,N), (B,N,L) or (B,G,N,L), told apart by ndim;
     // D, delta_bias (D); z (B,D,L); lengths (B); seq_idx (B,L); initial_state (B,D,N). From D on, each may be absent.
     TensorView u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state;
     bool delta_softplus = false;
     bool reverse = false;
-    // Outputs, preallocated: out (B,D,L); final_state (B,D,N).
-    TensorView out, final_state;
+};
+
+struct SelectiveScanForward : SelectiveScanInputs {
+    // Outputs, preallocated: out (B,D,L); final_state (B,D,N); checkpoints (B,ceil(L/chunk_size),D,N) may be absent:
+    // the states before the scan steps c * chunk_size.
+    TensorView out, final_state, checkpoints;
+    int64_t chunk_size = 0;
     TensorView workspace;    // CUDA: what selective_scan_workspace asks for, or absent: one pass over the time axis
     int num_threads = 1;     // CPU
     void* stream = nullptr;  // CUDA
+};
+
+struct SelectiveScanBackward : SelectiveScanInputs {
+    TensorView grad_out, grad_final_state;  // may be absent: zero
+    TensorView checkpoints;                 // from the forward; absent: one more pass over the time axis
+    int64_t chunk_size = 0;
+    // Outputs, preallocated; those of absent inputs are absent.
+    TensorView du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state;
+    int num_threads = 1;
 };
 
 // Groups into which a B or C divides the channels.

@@ -1,0 +1,275 @@
+// Channels as vector lanes: functions on vectors of channels, elements of every dtype, and tiles (steps x lanes) moved
+// to and from strided tensors. Everything is in the namespace of the instruction set, as in simd.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "simd.h"
+#include "tensor_rows.h"
+
+namespace parrot {
+namespace PARROT_ISA {
+
+// 2^x to 1e-7 and exact at 0, two thirds of the work of exp in simd.h: the scan does little else. 2^x = 2^n 2^f with n
+// the nearest integer. FlushDenormals keeps the smallest results zero.
+PARROT_INLINE Vec<float> exp2(Vec<float> x) {
+    constexpr float c1 = 0.6931470616f, c2 = 0.2402223532f, c3 = 0.05550678369f, c4 = 0.00967196168f,
+                    c5 = 0.001327463337f;
+#if defined(__AVX512F__)
+    const Vec<float> n = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec<float> f = x - n;
+    return _mm512_maskz_scalef_ps(0xffff, ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + 1.0f, n);
+#else
+    constexpr float low = -125.4f, high = 127.4f;  // the result stays a normal number; a NaN stays one
+    x = vmin(broadcast(high), vmax(broadcast(low), x));
+    const Vec<float> shifted = x + Exponent<float>::round, f = x - (shifted - Exponent<float>::round);
+    const Vec<float> p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + 1.0f;
+    return bit_cast<Vec<float> >(bit_cast<IntVec<float> >(p) +
+                                 (bit_cast<IntVec<float> >(shifted) << Exponent<float>::mantissa_bits));
+#endif
+}
+PARROT_INLINE Vec<double> exp2(Vec<double> x) { return exp<double>(x * 0.69314718055994530942); }
+
+// log(1 + w) for 0 <= w <= 1, with small relative error throughout.
+PARROT_INLINE Vec<float> log1p_unit(Vec<float> w) {
+    const Vec<float> s = w / (2.0f + w), s2 = s * s;
+    return 2.0f * s * (1.0f + s2 * (0.3333326897f + s2 * (0.2000724447f + s2 * (0.140545475f + s2 * 0.1376694138f))));
+}
+PARROT_INLINE Vec<double> log1p_unit(Vec<double> w) { return log1p<double>(w); }
+
+template <typename F>
+constexpr F kLog2e = F(1.4426950408889634);
+
+// log(1 + exp(x)); the identity above torch's threshold.
+template <typename F>
+PARROT_INLINE Vec<F> softplus(Vec<F> x) {
+    const Vec<F> magnitude = x < 0 ? -x : x;
+    const Vec<F> positive = x > 0 ? x : Vec<F>{};
+    const Vec<F> y = positive + log1p_unit(exp2(-magnitude * kLog2e<F>));
+    return x > F(20) ? x : y;
+}
+template <typename F>
+PARROT_INLINE Vec<F> sigmoid(Vec<F> x) {
+    return F(1) / (F(1) + exp2(-x * kLog2e<F>));
+}
+
+// Results below the normal range become zero while this lives: denormals would cost a hundred cycles each.
+class FlushDenormals {
+#if defined(__SSE2__)
+  public:
+    FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(saved_); }
+
+  private:
+    unsigned saved_;
+#else
+  public:
+    FlushDenormals() {}
+    ~FlushDenormals() {}
+#endif
+};
+
+// Uninitialised memory aligned to a cache line. (std::vector's weak symbols would be shared by the instruction sets.)
+template <typename F>
+class Buffer {
+  public:
+    explicit Buffer(int64_t size) {
+        const size_t bytes = (static_cast<size_t>(size) * sizeof(F) + 127) / 64 * 64;
+        data_ = static_cast<F*>(std::aligned_alloc(64, bytes));
+        if (!data_) throw std::bad_alloc();
+    }
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    F* get() const { return data_; }
+    F& operator[](int64_t i) const { return data_[i]; }
+
+  private:
+    F* data_;
+};
+
+template <typename F>
+inline void clear(F* data, int64_t count) {
+    std::memset(static_cast<void*>(data), 0, sizeof(F) * static_cast<size_t>(count));
+}
+
+// Elements of 16 bits as they lie in tensors.
+struct half {
+    uint16_t bits = 0;
+};
+struct bfloat16 {
+    uint16_t bits = 0;
+};
+
+template <typename F, typename T>
+PARROT_INLINE F to_real(T x) {
+    if constexpr (std::is_same<T, half>::value)
+        return from_f16(x.bits);
+    else if constexpr (std::is_same<T, bfloat16>::value)
+        return from_bf16(x.bits);
+    else
+        return x;
+}
+template <typename T, typename F>
+PARROT_INLINE T from_real(F x) {
+    if constexpr (std::is_same<T, half>::value)
+        return {to_f16(x)};
+    else if constexpr (std::is_same<T, bfloat16>::value)
+        return {to_bf16(x)};
+    else
+        return x;
+}
+
+// The dtype T of inputs and the compute dtype F that goes with it, called as function(T{}, F{}).
+template <typename Function>
+inline void for_dtype(DType dtype, Function&& function) {
+    switch (dtype) {
+        case DType::f64:
+            return function(double{}, double{});
+        case DType::f16:
+            return function(half{}, float{});
+        case DType::bf16:
+            return function(bfloat16{}, float{});
+        default:
+            return function(float{}, float{});
+    }
+}
+
+// A run of scan steps of up to kLanes channels of a (channel, time) plane. Step s lies at time first + s, or, in
+// reverse, first - s.
+struct Strip {
+    int64_t channel_stride, time_stride;
+    int channels;
+    int64_t first;
+    int steps;
+    bool reverse;
+
+    int64_t offset(int channel, int step) const {
+        return channel * channel_stride + (first + (reverse ? -step : step)) * time_stride;
+    }
+};
+
+// tile[step][lane] from a plane; the lanes of absent channels become zero.
+template <typename T, typename F>
+inline void load_tile(F* tile, const T* plane, const Strip& strip) {
+    constexpr int lanes = kLanes<F>;
+    int step = 0;
+    if (sizeof(T) == sizeof(F) && strip.channel_stride == 1 && strip.channels == lanes) {
+        for (; step < strip.steps; ++step)
+            store(tile + step * lanes, load(reinterpret_cast<const F*>(plane) + strip.offset(0, step)));
+        return;
+    }
+    if (strip.channels < lanes) std::memset(static_cast<void*>(tile), 0, sizeof(F) * lanes * strip.steps);
+    if (strip.time_stride == 1) {
+        for (; step + lanes <= strip.steps; step += lanes) {
+            Vec<F> rows[lanes];
+            const int64_t low = strip.reverse ? strip.first - step - (lanes - 1) : strip.first + step;
+            for (int c = 0; c < lanes; ++c) {
+                if (c >= strip.channels) {
+                    rows[c] = Vec<F>{};
+                    continue;
+                }
+                const T* row = plane + c * strip.channel_stride + low;
+                if (sizeof(T) == sizeof(F)) {
+                    rows[c] = load(reinterpret_cast<const F*>(row));
+                } else {
+                    F converted[lanes];
+                    for (int i = 0; i < lanes; ++i) converted[i] = to_real<F>(row[i]);
+                    rows[c] = load(converted);
+                }
+            }
+            transpose<F>(rows);
+            for (int i = 0; i < lanes; ++i) store(tile + (step + (strip.reverse ? lanes - 1 - i : i)) * lanes, rows[i]);
+        }
+    }
+    for (; step < strip.steps; ++step)
+        for (int c = 0; c < strip.channels; ++c) tile[step * lanes + c] = to_real<F>(plane[strip.offset(c, step)]);
+}
+
+// The opposite of load_tile; the lanes of absent channels are dropped.
+template <typename T, typename F>
+inline void store_tile(T* plane, const F* tile, const Strip& strip) {
+    constexpr int lanes = kLanes<F>;
+    int step = 0;
+    if (sizeof(T) == sizeof(F) && strip.channel_stride == 1 && strip.channels == lanes) {
+        for (; step < strip.steps; ++step)
+            store(reinterpret_cast<F*>(plane) + strip.offset(0, step), load(tile + step * lanes));
+        return;
+    }
+    if (strip.time_stride == 1) {
+        for (; step + lanes <= strip.steps; step += lanes) {
+            Vec<F> rows[lanes];
+            for (int i = 0; i < lanes; ++i) rows[i] = load(tile + (step + (strip.reverse ? lanes - 1 - i : i)) * lanes);
+            transpose<F>(rows);
+            const int64_t low = strip.reverse ? strip.first - step - (lanes - 1) : strip.first + step;
+            for (int c = 0; c < strip.channels; ++c) {
+                T* row = plane + c * strip.channel_stride + low;
+                if (sizeof(T) == sizeof(F)) {
+                    store(reinterpret_cast<F*>(row), rows[c]);
+                } else {
+                    for (int i = 0; i < lanes; ++i) row[i] = from_real<T, F>(rows[c][i]);
+                }
+            }
+        }
+    }
+    for (; step < strip.steps; ++step)
+        for (int c = 0; c < strip.channels; ++c) plane[strip.offset(c, step)] = from_real<T, F>(tile[step * lanes + c]);
+}
+
+// Asks for the strips of a coming tile, a few cache lines at a time: the dozens of rows of a tile are more streams than
+// the processor's own prefetcher follows.
+class Prefetch {
+  public:
+    template <typename T>
+    void add(const T* plane, const Strip& strip) {
+        if (count_ == kPlanes || strip.steps <= 0) return;
+        Plane& p = planes_[count_++];
+        const bool by_channel = strip.time_stride == 1;
+        const int64_t low = strip.reverse ? strip.steps - 1 : 0;
+        p.address = reinterpret_cast<const char*>(plane + strip.offset(0, static_cast<int>(low)));
+        p.stride = (by_channel ? strip.channel_stride : strip.time_stride) * static_cast<int64_t>(sizeof(T));
+        p.rows = by_channel ? strip.channels : strip.steps;
+        p.bytes = (by_channel ? strip.steps : strip.channels) * static_cast<int>(sizeof(T));
+        lines_ += p.rows * ((p.bytes + 126) / 64);
+    }
+    int lines() const { return lines_; }
+    void next(int lines) {
+        for (; lines > 0 && plane_ < count_; --lines) {
+            const Plane& p = planes_[plane_];
+            __builtin_prefetch(p.address + row_ * p.stride + (byte_ < p.bytes ? byte_ : p.bytes - 1), 0, 2);
+            byte_ += 64;
+            if (byte_ >= p.bytes + 63) {
+                byte_ = 0;
+                if (++row_ == p.rows) row_ = 0, ++plane_;
+            }
+        }
+    }
+
+  private:
+    struct Plane {
+        const char* address;
+        int64_t stride;
+        int rows, bytes;
+    };
+    static constexpr int kPlanes = 4;
+    Plane planes_[kPlanes];
+    int count_ = 0, lines_ = 0, plane_ = 0, row_ = 0, byte_ = 0;
+};
+
+template <typename T>
+inline void zero_times(T* plane, int64_t channel_stride, int64_t time_stride, int channels, int64_t from, int64_t to) {
+    for (int c = 0; c < channels; ++c)
+        for (int64_t t = from; t < to; ++t) plane[c * channel_stride + t * time_stride] = T{};
+}
+
+}  // namespace PARROT_ISA
+}  // namespace parrot
