@@ -260,7 +260,7 @@ class Prefetch {
         int64_t stride;
         int rows, bytes;
     };
-    static constexpr int kPlanes = 4;
+    static constexpr int kPlanes = 8;
     Plane planes_[kPlanes];
     int count_ = 0, lines_ = 0, plane_ = 0, row_ = 0, byte_ = 0;
 };

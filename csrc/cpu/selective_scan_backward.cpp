@@ -99,17 +99,20 @@ void walk(const Chunk<F>& chunk, const F* state, const Channels<F>& keep, F* dec
 }
 
 template <typename F, bool B_constant, bool C_constant>
-void walk_all(Chunk<F> chunk, const F* state, Channels<F> keep, F* decays, F* states) {
+void walk_all(Chunk<F> chunk, const F* state, Channels<F> keep, F* decays, F* states, Prefetch& prefetch) {
     constexpr int W = kLanes<F>;
     int64_t left = chunk.states;
+    const int lines = prefetch.lines() / static_cast<int>((left + kStates - 1) / kStates) + 1;
     auto advance = [&](int count) {
         left -= count;
         chunk.B += count * (B_constant ? W : 1), chunk.C += count * (C_constant ? W : 1);
         chunk.dB += count * W, chunk.dC += count * W;
         keep.A2 += count * W, keep.adjoint += count * W, keep.dA += count * W, state += count * W;
     };
-    for (; left >= kStates; advance(kStates))
+    for (; left >= kStates; advance(kStates)) {
+        prefetch.next(lines);
         walk<F, kStates, B_constant, C_constant>(chunk, state, keep, decays, states);
+    }
     for (; left > 0; advance(1)) walk<F, 1, B_constant, C_constant>(chunk, state, keep, decays, states);
 }
 
@@ -246,7 +249,14 @@ class Backward {
             if (!C.constant()) clear(scratch.dC.get(), steps * size);
             bool any = false;
             for (int s = 0; s < steps && sequence.ids; ++s) any |= scratch.starts[s] = sequence.starts(step + s);
-            for (int64_t i = 0; i < count; ++i) chunk(b, first + i, i, sequence, c, step, steps, any, scratch);
+            for (int64_t i = 0; i < count; ++i) {
+                Prefetch prefetch;
+                if (i + 1 < count)
+                    expect(b, first + i + 1, sequence, c, step, steps, prefetch);
+                else if (c > 0)
+                    expect(b, first, sequence, c - 1, step - p.chunk_size, static_cast<int>(p.chunk_size), prefetch);
+                chunk(b, first + i, i, sequence, c, step, steps, any, scratch, prefetch);
+            }
             for (int s = 0; s < steps; ++s) {
                 const int64_t row = sequence.time(step + s) * N;
                 if (!B.constant()) sum_rows(scratch.dB.get() + s * size, dB + row, N);
@@ -271,9 +281,22 @@ class Backward {
         }
     }
 
+    // What the coming chunk of a block will touch.
+    void expect(int64_t b, int64_t block, const Sequence& sequence, int64_t c, int64_t step, int steps,
+                Prefetch& prefetch) const {
+        const Lanes<F> lanes(shape, block);
+        for (const TensorView* view : {&p.delta, &p.u, &p.z, &p.grad_out, &p.ddelta, &p.du, &p.dz})
+            if (*view)
+                prefetch.add(view->ptr<const T>() + plane(*view, b, lanes),
+                             sequence.strip(*view, lanes.count, step, steps));
+        const TensorView& kept = p.checkpoints;
+        prefetch.add(kept.ptr<const F>() + b * kept.stride[0] + c * kept.stride[1] + lanes.first * kept.stride[2],
+                     state_strip(kept.stride[2], kept.stride[3], lanes.count, shape.state));
+    }
+
     // Chunk c of one block, number i of its task.
     void chunk(int64_t b, int64_t block, int64_t i, const Sequence& sequence, int64_t c, int64_t step, int steps,
-               bool any_start, const Scratch<F>& scratch) const {
+               bool any_start, const Scratch<F>& scratch, Prefetch& prefetch) const {
         const Lanes<F> lanes(shape, block);
         const int64_t N = shape.state, size = N * W;
         auto load_steps = [&](const TensorView& view, F* tile) {
@@ -328,11 +351,11 @@ class Backward {
         const F* const state = scratch.state.get();
         F *const decays = scratch.decays.get(), *const states = scratch.states.get();
         if (B.constant())
-            C.constant() ? walk_all<F, true, true>(arrays, state, keep, decays, states)
-                         : walk_all<F, true, false>(arrays, state, keep, decays, states);
+            C.constant() ? walk_all<F, true, true>(arrays, state, keep, decays, states, prefetch)
+                         : walk_all<F, true, false>(arrays, state, keep, decays, states, prefetch);
         else
-            C.constant() ? walk_all<F, false, true>(arrays, state, keep, decays, states)
-                         : walk_all<F, false, false>(arrays, state, keep, decays, states);
+            C.constant() ? walk_all<F, false, true>(arrays, state, keep, decays, states, prefetch)
+                         : walk_all<F, false, false>(arrays, state, keep, decays, states, prefetch);
 
         F* const dD = partials.dD.get() + partials.vector(b, block);
         F* const dbias = partials.dbias.get() + partials.vector(b, block);
