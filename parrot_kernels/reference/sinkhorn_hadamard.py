@@ -189,6 +189,7 @@ def backward(
     x_gradient += _bmm(to_y, grad_x_to_y)
     y_gradient += _bmm(to_x.mT, grad_y_to_x)
     cost_gradient = grad_cost * plan
+    through_cost = gradient != "detached" or grad_transport_cost is not None
 
     if gradient != "detached":
         row_part = _bmm(grad_y_to_x, p.y.mT) * to_x
@@ -220,8 +221,8 @@ def backward(
     cost_gradient = _fill(cost_gradient / p.scale[:, None, None], p.pairs, 0)
     if dcost_matrix is not None:
         dcost_matrix.copy_(cost_gradient)
-    if cost != "matrix" and (dx is not None or dy is not None):
-        through_x, through_y = _pairwise_backward(cost_gradient, p.x, p.y, cost)
+    if through_cost and cost != "matrix" and (dx is not None or dy is not None):
+        through_x, through_y = _pairwise_backward(cost_gradient, p.x, p.y, p.cost * p.scale[:, None, None], cost)
         x_gradient += through_x
         y_gradient += through_y
     if dx is not None:
@@ -343,8 +344,9 @@ class _Adjoint:
 
     def update_x(self, du: Tensor, v: Tensor) -> Tensor:
         """Adjoint of u = update_x(row_lse(v)); returns dv."""
-        lse = self.p.row_lse(v)
-        weighted = torch.exp(v[:, None] - self.p.k - lse[:, :, None]) * (self.p.damping_x * du)[:, :, None]
+        exponents = v[:, None] - self.p.k
+        lse = torch.logsumexp(exponents, 2)
+        weighted = exponents.sub_(lse[:, :, None]).exp_().mul_((self.p.damping_x * du)[:, :, None])
         self.log_a += du
         self.damping_x -= (du * lse).sum(1)
         self.k += weighted
@@ -352,8 +354,9 @@ class _Adjoint:
 
     def update_y(self, dv: Tensor, u: Tensor) -> Tensor:
         """Adjoint of v = update_y(col_lse(u)); returns du."""
-        lse = self.p.col_lse(u)
-        weighted = torch.exp(u[:, :, None] - self.p.k - lse[:, None]) * (self.p.damping_y * dv)[:, None]
+        exponents = u[:, :, None] - self.p.k
+        lse = torch.logsumexp(exponents, 1)
+        weighted = exponents.sub_(lse[:, None]).exp_().mul_((self.p.damping_y * dv)[:, None])
         self.log_b += dv
         self.damping_y -= (dv * lse).sum(1)
         self.k += weighted
@@ -432,7 +435,7 @@ def _pairwise(x: Tensor, y: Tensor, cost: str) -> Tensor:
     return distance if cost == "euclidean" else distance * distance
 
 
-def _pairwise_backward(gradient: Tensor, x: Tensor, y: Tensor, cost: str) -> tuple[Tensor, Tensor]:
+def _pairwise_backward(gradient: Tensor, x: Tensor, y: Tensor, raw: Tensor, cost: str) -> tuple[Tensor, Tensor]:
     if cost == "cosine":
         (ux, x_norm), (uy, y_norm) = _unit(x), _unit(y)
 
@@ -441,7 +444,7 @@ def _pairwise_backward(gradient: Tensor, x: Tensor, y: Tensor, cost: str) -> tup
             return torch.where(norm > 0, tangent / norm, 0)
 
         return through_unit(-_bmm(gradient, uy), ux, x_norm), through_unit(-_bmm(gradient.mT, ux), uy, y_norm)
-    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    distance = raw if cost == "euclidean" else raw.sqrt()
     if cost == "sqeuclidean":
         gradient = 2 * distance * gradient
     # What autograd calls for torch.cdist: the gradient is zero at coincident points.
