@@ -29,8 +29,8 @@ IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
         "cpu": frozenset(checks.FLOATS),
         "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
     },
-    "selective_scan": {"cuda": frozenset(checks.FLOATS)},
-    "causal_conv1d": {},
+    "selective_scan": {"cpu": frozenset(checks.FLOATS), "cuda": frozenset(checks.FLOATS)},
+    "causal_conv1d": {"cpu": frozenset(checks.FLOATS)},
 }
 
 
