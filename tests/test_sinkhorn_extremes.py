@@ -1,0 +1,86 @@
+"""sinkhorn_hadamard at its extremes: finite outputs and gradients on every backend, in every gradient mode."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from sinkhorn_cases import cotangents, everywhere, op, problem, to, with_gradients
+from tolerances import assert_close
+
+FP32 = torch.float32
+GRADIENTS = ("unrolled", "implicit", "detached")
+SIZES = (2, 5, 6, 3)
+
+
+def assert_finite(arguments: dict, backend: str, device: str) -> None:
+    for gradient in GRADIENTS:
+        solve = functools.partial(op, gradient=gradient, backend=backend)
+        results = with_gradients(solve, to(arguments, device), cotangents(arguments))
+        for name, value in results.items():
+            assert torch.isfinite(value).all(), f"{gradient}: {name}"
+
+
+@everywhere
+@pytest.mark.parametrize("eps", [1e-6, 1e-4, 1e2, 1e6])
+@pytest.mark.parametrize("case", ["weights", "unbalanced"])
+def test_regularisation(backend, device, case, eps):
+    assert_finite(problem(case, SIZES, FP32) | {"eps": eps}, backend, device)
+
+
+@everywhere
+@pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("points", ["coincident", "equal", "zero", "outlier", "far"])
+def test_points(backend, device, points, cost):
+    arguments = problem("weights", (2, 6, 6, 3), FP32) | {"cost": cost}
+    if points == "coincident":
+        arguments["y"] = arguments["x"].clone()
+    elif points == "equal":
+        arguments["x"].fill_(0.3)
+        arguments["y"].fill_(0.3)
+    elif points == "zero":
+        arguments["x"][:, 1] = 0
+        arguments["y"][:, 2] = 0
+    elif points == "outlier":
+        arguments["x"][:, 0] = 1e6
+    else:
+        arguments["y"] += 1e4
+    assert_finite(arguments, backend, device)
+
+
+@everywhere
+@pytest.mark.parametrize("outlier", [False, True], ids=["", "outlier"])
+def test_zero_weights(backend, device, outlier):
+    arguments = problem("weights", SIZES, FP32)
+    arguments["a"][:, 1] = arguments["b"][:, :2] = 0
+    if outlier:
+        arguments["x"][:, 0] = 1e6
+    assert_finite(arguments, backend, device)
+
+
+@everywhere
+def test_a_point_without_mass_gets_what_a_little_mass_would_get(backend, device):
+    arguments = to(problem("weights", SIZES, FP32), device)
+    arguments["a"][:, 1] = 0
+    none = op(**arguments, backend=backend)
+    arguments["a"][:, 1] = 1e-30
+    little = op(**arguments, backend=backend)
+    for name in ("x_to_y", "y_to_x"):
+        assert_close(none[name], little[name], "sinkhorn", name)
+    assert none["plan"][:, 1].max() < 1e-30
+
+
+@everywhere
+def test_weights_that_are_all_zero(backend, device):
+    arguments = problem("weights", SIZES, FP32)
+    arguments["a"].zero_()
+    arguments["b"].zero_()
+    assert_finite(arguments, backend, device)
+
+
+def test_plan_has_the_marginal_of_y_for_any_eps():
+    for eps in (1e-8, 1e-4, 1.0, 1e8):
+        arguments = problem("weights", SIZES, FP32) | {"eps": eps}
+        out = op(**arguments, backend="torch")
+        assert_close(out["plan"].sum(1), arguments["b"], "sinkhorn", f"eps {eps}")
