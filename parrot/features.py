@@ -9,10 +9,12 @@ and a key that has a value keeps it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -209,11 +211,22 @@ def extract(corpus: Corpus, encoder: Encoder, cache_dir: str | os.PathLike, prog
     return FeatureTable(values, np.array(indices, dtype=np.int64), failures, reused)
 
 
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Let torch compute on this many CPU threads for a while; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _embed(encoder: Encoder, data: bytes, path: Path) -> np.ndarray:
     waveform = decode_waveform(data, path, encoder.sample_rate, encoder.min_samples)
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _threads(encoder.threads):
             embedding = encoder.embed(torch.from_numpy(waveform)[None].to(device))
     except (RuntimeError, ValueError) as error:
         raise AudioError(path, f"encoder {encoder.name} failed: {error}") from error

@@ -21,7 +21,6 @@ NAMES = ("cpu", "cuda", "triton", "torch")
 # The first usable backend serves. Without device measurements Triton comes before CUDA C++.
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 
-_FP32 = frozenset({torch.float32})
 
 # What is implemented beside `torch`, which serves every op, dtype and option: op -> backend -> dtypes.
 IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {

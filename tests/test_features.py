@@ -27,7 +27,7 @@ DIM = 6
 class TinyEncoder(nn.Module):
     """A few random filters; counts its calls."""
 
-    name, sample_rate, embedding_dim, min_samples = "tiny", RATE, DIM, 400
+    name, sample_rate, embedding_dim, min_samples, threads = "tiny", RATE, DIM, 400, 1
 
     def __init__(self, seed: int = 0, seconds: float = 0.0):
         super().__init__()
@@ -40,6 +40,7 @@ class TinyEncoder(nn.Module):
     def embed(self, waveforms: torch.Tensor) -> torch.Tensor:
         assert torch.is_inference_mode_enabled()
         assert waveforms.shape[0] == 1
+        self.seen_threads = torch.get_num_threads()
         assert waveforms.dtype == torch.float32
         time.sleep(self.seconds)
         self.calls += 1
@@ -341,3 +342,14 @@ def test_two_processes_share_a_cache(tmp_path, cache):
     keys = np.concatenate([load_file(path)["keys"] for path in shards(cache)])
     assert len(keys) == len(np.unique(keys, axis=0)) == len(corpus)
     assert run(corpus, cache).reused == len(corpus)
+
+
+def test_an_encoder_computes_on_the_threads_it_asks_for(corpus, cache):
+    before, encoder = torch.get_num_threads(), TinyEncoder()
+    torch.set_num_threads(2)
+    try:
+        run(corpus, cache, encoder)
+        assert encoder.seen_threads == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

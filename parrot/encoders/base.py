@@ -20,12 +20,14 @@ class Encoder(nn.Module):
         sample_rate: of the waveforms it takes, in Hz.
         min_samples: the shortest waveform it takes.
         embedding_dim: width of its vectors.
+        threads: CPU threads that one clip is worth; None leaves it to torch. Small encoders lose by sharing.
     """
 
     name: str
     sample_rate: int
     min_samples: int
     embedding_dim: int
+    threads: int | None = None
 
     def configuration(self) -> dict[str, Any]:
         """Everything beside the weights that an embedding depends on, as JSON-able values."""

@@ -15,6 +15,7 @@ from .hubert import Hubert
 from .ssam import SSAM
 
 Model = TypeVar("Model", bound=nn.Module)
+Demo = TypeVar("Demo", SSAM, Hubert)
 
 
 def ssam_demo() -> SSAM:
@@ -24,7 +25,7 @@ def ssam_demo() -> SSAM:
         # Step sizes spread over the channels across the range in which Mamba's initialisation draws them.
         delta = torch.logspace(-3, -1, block.mixer.d_inner)
         block.mixer.dt_proj.bias.data.copy_(delta + torch.log(-torch.expm1(-delta)))
-    return model.eval().requires_grad_(False)
+    return _finished(model)
 
 
 def hubert_demo() -> Hubert:
@@ -47,7 +48,12 @@ def hubert_demo() -> Hubert:
         # Weights constant over the taps: a random filter that averages keeps the slow course of loudness and pitch.
         weight = layer.conv.weight.data
         weight.copy_(weight[..., :1].expand_as(weight))
-    return Hubert(model, do_normalize=True, name="hubert-demo").eval().requires_grad_(False)
+    return _finished(Hubert(model, do_normalize=True, name="hubert-demo"))
+
+
+def _finished(encoder: Demo) -> Demo:
+    encoder.threads = 1
+    return encoder.eval().requires_grad_(False)
 
 
 def _random(build: Callable[[], Model], seed: int) -> Model:
