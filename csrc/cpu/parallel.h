@@ -2,6 +2,7 @@
 #pragma once
 
 #include <omp.h>
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -12,12 +13,39 @@
 namespace parrot {
 namespace PARROT_ISA {
 
+// Waits by spinning, as iterations are short, but not for long: where threads outnumber processors, the one that is
+// waited for needs the processor.
+class Barrier {
+  public:
+    void wait(int size) {
+        const int generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == size) {
+            __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spins) {
+            if (spins > kSpins) sched_yield();
+#if defined(__SSE2__)
+            else
+                _mm_pause();
+#endif
+        }
+    }
+
+  private:
+    static constexpr int kSpins = 1000;
+    alignas(64) int arrived_ = 0;
+    alignas(64) int generation_ = 0;
+};
+
 // Every thread of a team runs the same code on private copies of the scalars; shared arrays are written inside
 // `for_each` only. Blocks, never threads, decide how work is cut and in which order sums are taken, so that results
 // are bitwise the same for any number of threads.
 struct Team {
     int rank = 0;
     int size = 1;  // 0: this thread sits out
+    Barrier* meeting = nullptr;
 
     // body(i) for 0 <= i < count. Each thread gets the same range every time, so its blocks stay in its cache;
     // walking it backwards every other time starts with what is still there.
@@ -33,13 +61,11 @@ struct Team {
     }
 
     void barrier() const {
-        if (size > 1) {
-#pragma omp barrier
-        }
+        if (size > 1) meeting->wait(size);
     }
 
     // The team of thread 0 only, for work too small to share.
-    Team alone() const { return {0, rank == 0 ? 1 : 0}; }
+    Team alone() const { return {0, rank == 0 ? 1 : 0, nullptr}; }
 };
 
 // Runs body(team) on `threads` threads.
@@ -49,8 +75,9 @@ inline void run_team(int threads, Body&& body) {
         body(Team{});
         return;
     }
+    Barrier meeting;
 #pragma omp parallel num_threads(threads)
-    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+    body(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting});
 }
 
 // Scratch memory of the calling thread, kept between calls up to kKeep bytes: fresh pages cost more than the work

@@ -19,13 +19,16 @@ struct ForwardProblem {
     static constexpr int L = kLanes<T>;
     const SinkhornHadamardForward& p;
     int64_t problem, N, M, features, feature_stride;
+    T scale;
     PairwiseCost<T> pairwise;
     SinkhornIteration<T> iteration;
     T *x, *y;                // in the compute type, rows and columns padded with zeros
     T *x_packed, *y_packed;  // times h and w, in panels: the right factors of the projections
     T* products;             // (threads, block_rows or columns of a chunk, feature_stride)
     T* shared;               // scale; error and iterations, where one thread iterates for all
-    static constexpr int64_t kColumnTile = 64;
+    T* tile_parts;           // (row_tiles), largest costs, then parts of the transport cost
+    int64_t row_tiles;
+    static constexpr int64_t kRowTile = 32, kColumnTile = 32;  // of the matrix products
 
     ForwardProblem(const SinkhornHadamardForward& params, int64_t index) : p(params), problem(index) {
         N = p.x.size[1], M = p.y.size[1], features = p.x.size[2];
@@ -37,8 +40,6 @@ struct ForwardProblem {
         return lengths ? element<int32_t>(lengths, index) : limit;
     }
 
-    int64_t product_rows() const { return iteration.block_rows > kColumnTile ? iteration.block_rows : kColumnTile; }
-
     size_t carve(char* memory, int threads) {
         Carver carver(memory);
         iteration.set_shape(length(p.x_lengths, problem, N), length(p.y_lengths, problem, M));
@@ -46,15 +47,16 @@ struct ForwardProblem {
         const int64_t n_pad = iteration.n_pad, m_pad = iteration.m_pad;
         x = carver.take<T>(n_pad * feature_stride);
         y = carver.take<T>(m_pad * feature_stride);
-        x_packed = carver.take<T>(n_pad * feature_stride);
-        y_packed = carver.take<T>(m_pad * feature_stride);
-        products = carver.take<T>(threads * product_rows() * feature_stride);
+        products = carver.take<T>(threads * kRowTile * feature_stride);
+        row_tiles = (iteration.n + kRowTile - 1) / kRowTile;
+        tile_parts = carver.take<T>(row_tiles);
         shared = carver.take<T>(3);
         pairwise.kind = p.cost;
         pairwise.n = iteration.n, pairwise.m = iteration.m, pairwise.n_pad = n_pad, pairwise.m_pad = m_pad;
         pairwise.features = features, pairwise.feature_stride = feature_stride;
         pairwise.x = x, pairwise.y = y;
         pairwise.carve(carver);
+        x_packed = pairwise.x_rows, y_packed = pairwise.y_rows;  // not needed at the same time
         return carver.used();
     }
 
@@ -95,32 +97,30 @@ struct ForwardProblem {
         });
     }
 
-    __attribute__((noinline)) void cost_block(int64_t block) {
+    __attribute__((noinline)) void cost_tile(int64_t tile) {
         auto& it = iteration;
-        const int64_t begin = it.block_begin(block), end = it.block_end(block);
+        const int64_t begin = tile * kRowTile, end = begin + kRowTile < it.n ? begin + kRowTile : it.n;
         if (p.cost != CostKind::matrix) {
-            it.block_largest[block] = pairwise.rows(begin, end < it.n ? end : it.n, it.cost);
+            tile_parts[tile] = pairwise.rows(begin, end, it.cost);
             return;
         }
         Vec<T> largest{};
-        for (int64_t i = begin; i < end && i < it.n; ++i) {
+        for (int64_t i = begin; i < end; ++i) {
             for (int64_t j = 0; j < it.m_pad; j += L) {
                 T values[L] = {};
-                RowView row(p.cost_matrix, problem, i);
-                row.offset += j * row.stride;
-                read_row(row, it.m - j < L ? it.m - j : L, values);
+                read_row(RowView(p.cost_matrix, problem, i).from(j), it.m - j < L ? it.m - j : L, values);
                 store(it.cost.at(i, j), load(values));
                 largest = vmax(load(values), largest);
             }
         }
-        it.block_largest[block] = max_lanes<T>(largest);
+        tile_parts[tile] = max_lanes<T>(largest);
     }
 
-    T scale() const {
+    T find_scale() const {
         if (p.cost_scale > 0) return T(p.cost_scale);
         T largest = T(kLeastScale);
-        for (int64_t block = 0; block < iteration.blocks; ++block)
-            if (iteration.block_largest[block] > largest) largest = iteration.block_largest[block];
+        for (int64_t tile = 0; tile < row_tiles; ++tile)
+            if (tile_parts[tile] > largest) largest = tile_parts[tile];
         return largest;
     }
 
@@ -129,11 +129,13 @@ struct ForwardProblem {
         read_points(team, p.x, problem, it.n, it.n_pad, features, feature_stride, x);
         read_points(team, p.y, problem, it.m, it.m_pad, features, feature_stride, y);
         if (p.cost != CostKind::matrix) pairwise.prepare(team);
-        team.for_each(it.blocks, [&](int64_t block) { cost_block(block); });
+        team.for_each(row_tiles, [&](int64_t tile) { cost_tile(tile); });
+        scale = find_scale();
+        team.barrier();  // tile_parts is written again
         it.n_iters = p.n_iters;
         it.eps = element<T>(p.eps, problem);
         it.tol = T(p.tol), it.tolerance = p.tol >= 0;
-        it.inverse = T(1) / (scale() * it.eps);
+        it.inverse = T(1) / (scale * it.eps);
         constexpr double infinity = std::numeric_limits<double>::infinity();
         it.balanced_x = p.rho_x == infinity, it.balanced_y = p.rho_y == infinity;
         it.damp_x = it.balanced_x ? T(1) : T(p.rho_x / (p.rho_x + it.eps));
@@ -145,16 +147,25 @@ struct ForwardProblem {
     // One row of a projection and its product with the points: sums * factor and points * that.
     PARROT_INLINE void write_projection(const TensorView& projected, const TensorView& hadamard, int64_t row, T* sums,
                                         T factor, const T* point) const {
-        for (int64_t d = 0; d < feature_stride; d += L) store(sums + d, load(sums + d) * factor);
-        write_row(RowView(projected, problem, row), sums, features, features);
-        for (int64_t d = 0; d < feature_stride; d += L) store(sums + d, load(sums + d) * load(point + d));
-        write_row(RowView(hadamard, problem, row), sums, features, features);
+        const RowView to(projected, problem, row), product(hadamard, problem, row);
+        T *to_plain = to.plain<T>(), *product_plain = product.plain<T>();
+        int64_t d = 0;
+        if (to_plain && product_plain)
+            for (; d + L <= features; d += L) {
+                const Vec<T> value = load(sums + d) * factor;
+                store(to_plain + d, value);
+                store(product_plain + d, value * load(point + d));
+            }
+        for (int64_t rest = d; rest < features; rest += L) store(sums + rest, load(sums + rest) * factor);
+        write_row(to.from(d), sums + d, features - d, features - d);
+        for (int64_t rest = d; rest < features; rest += L) store(sums + rest, load(sums + rest) * load(point + rest));
+        write_row(product.from(d), sums + d, features - d, features - d);
     }
 
     // Rows of y_to_x, of the plan, and their part of the transport cost.
-    __attribute__((noinline)) void finish_rows(int64_t block, const T* u, T* product) {
+    __attribute__((noinline)) void finish_rows(int64_t tile, const T* u, T* product) {
         auto& it = iteration;
-        const int64_t begin = it.block_begin(block), end = it.block_end(block) < it.n ? it.block_end(block) : it.n;
+        const int64_t begin = tile * kRowTile, end = begin + kRowTile < it.n ? begin + kRowTile : it.n;
         matmul<T>(end - begin, it.m, {it.kernel.at(begin, 0), L, L * it.m_pad, 1, L * L}, y_packed, feature_stride / L,
                   {product, feature_stride, L * feature_stride, L});
         Vec<T> spent{};
@@ -169,13 +180,11 @@ struct ForwardProblem {
             T values[L];
             for (int64_t j = 0; j < M; j += L) {
                 if (j < it.m) store(values, load(it.kernel.at(i, j)) * h * load(it.w + j));
-                RowView out(p.plan, problem, i);
-                out.offset += j * out.stride;
                 const int64_t valid = j > it.m ? 0 : it.m - j;
-                write_row(out, values, valid < L ? valid : L, M - j < L ? M - j : L);
+                write_row(RowView(p.plan, problem, i).from(j), values, valid < L ? valid : L, M - j < L ? M - j : L);
             }
         }
-        it.block_cost[block] = sum_lanes<T>(spent);
+        tile_parts[tile] = sum_lanes<T>(spent);
     }
 
     __attribute__((noinline)) void finish_columns(int64_t tile, T* product) {
@@ -193,9 +202,7 @@ struct ForwardProblem {
         write_row(RowView(out, problem), scratch, count, total);
         if (!history) return;
         for (int k = 0; k < steps; ++k) {
-            RowView row(history, problem, k);
-            row.offset += count * row.stride;
-            write_row(row, scratch, 0, total - count);
+            write_row(RowView(history, problem, k).from(count), scratch, 0, total - count);
         }
     }
 
@@ -211,10 +218,12 @@ struct ForwardProblem {
             for (int64_t j = group * kLanes<T>; j < (group + 1) * kLanes<T> && j < it.m; ++j)
                 pack_row(y_packed, y + j * feature_stride, it.w[j], j, it.m, vectors);
         });
-        T* product = products + team.rank * product_rows() * feature_stride;
-        team.for_each(it.blocks, [&](int64_t block) { finish_rows(block, u, product); });
+        T* product = products + team.rank * kRowTile * feature_stride;
+        team.for_each(row_tiles, [&](int64_t tile) { finish_rows(tile, u, product); });
         team.for_each((it.m_pad + kColumnTile - 1) / kColumnTile, [&](int64_t t) { finish_columns(t, product); });
         if (team.rank != 0) return;
+        T transport_cost = 0;
+        for (int64_t tile = 0; tile < row_tiles; ++tile) transport_cost += tile_parts[tile];
         const T* none = nullptr;
         for (int64_t i = it.n; i < N; ++i) {
             write_row(RowView(p.y_to_x, problem, i), none, 0, features);
@@ -227,7 +236,7 @@ struct ForwardProblem {
         }
         write_potentials(it.F[result.iterations & 1], p.f, p.f_history, result.iterations, it.n, N, it.h);
         write_potentials(it.G, p.g, p.g_history, result.iterations, it.m, M, it.w);
-        write_scalars(result, it.total(it.block_cost) / scale(), scale());
+        write_scalars(result, transport_cost / scale, scale);
     }
 
     // On memory that `carve` was given; every thread of the team calls it on its own copy of this object.

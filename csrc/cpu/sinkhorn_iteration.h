@@ -45,8 +45,8 @@ struct SinkhornIteration {
     T *b, *log_b, *beta, *v, *w, *G;  // (m_pad); in the padding b and w are zero, log_b, beta and G -infinity
     T *row_tail, *column_tail;        // one in the padding, zero elsewhere: added to sums, to keep divisions finite
     T* partial;                       // (blocks, m_pad): what each block of rows adds to t
-    T *block_error, *block_largest, *block_cost;  // (blocks)
-    T* column_scratch;                            // (threads, n_pad)
+    T* block_error;                   // (blocks)
+    T* column_scratch;                // (threads, n_pad)
     int* unrepresentable;  // [parity of the iteration]: set by whoever meets an entry that the kernel can't hold
     // Copies of each thread, always equal:
     bool keep_potentials = false;  // F and G are needed after every iteration
@@ -73,7 +73,7 @@ struct SinkhornIteration {
             *array = carver.take<T>(n_pad);
         for (T** array : {&b, &log_b, &beta, &v, &w, &G, &column_tail}) *array = carver.take<T>(m_pad);
         partial = carver.take<T>(blocks * m_pad);
-        for (T** array : {&block_error, &block_largest, &block_cost}) *array = carver.take<T>(blocks);
+        block_error = carver.take<T>(blocks);
         column_scratch = carver.take<T>(threads * n_pad);
         unrepresentable = carver.take<int>(2);
     }
@@ -120,9 +120,7 @@ struct SinkhornIteration {
         T scaled[L];
         for (int64_t i = begin; i < end; i += L) {
             store(scaled, load(potential + i) * eps);
-            RowView row(history, problem, k - 1);
-            row.offset += i * row.stride;
-            write_row(row, scaled, end - i < L ? end - i : L, 0);
+            write_row(RowView(history, problem, k - 1).from(i), scaled, end - i < L ? end - i : L, 0);
         }
     }
 
@@ -202,8 +200,8 @@ struct SinkhornIteration {
 
     PARROT_INLINE static Vec<T> magnitude(Vec<T> x) { return x < T(0) ? -x : x; }
 
-    static constexpr int kDotStep = L < 8 ? L : 8;  // rows whose sums are in registers at the same time
-    static constexpr int kAddStep = kVectorBytes == 64 ? L : kDotStep;
+    static constexpr int kDotStep = kVectorBytes == 64 || L < 8 ? L : 8;  // rows whose sums are in registers together
+    static constexpr int kAddStep = kDotStep;
 
     // `rows` is a group of kLanes rows of K.
     PARROT_INLINE Vec<T> dot_rows(const T* rows) const {

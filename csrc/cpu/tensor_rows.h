@@ -46,6 +46,19 @@ struct RowView {
         : view(&tensor), offset(i * tensor.stride[0]), stride(tensor.stride[1]) {}
     RowView(const TensorView& tensor, int64_t i, int64_t j)
         : view(&tensor), offset(i * tensor.stride[0] + j * tensor.stride[1]), stride(tensor.stride[2]) {}
+
+    RowView from(int64_t element) const {
+        RowView rest = *this;
+        rest.offset += element * stride;
+        return rest;
+    }
+
+    // The address of the row if it lies plainly in memory in type T, else null.
+    template <typename T>
+    T* plain() const {
+        const DType wanted = sizeof(T) == 4 ? DType::f32 : DType::f64;
+        return view->dtype == wanted && stride == 1 ? view->ptr<T>() + offset : nullptr;
+    }
 };
 
 template <typename T>
