@@ -5,19 +5,25 @@
 
 from __future__ import annotations
 
-from .modules import Mamba, ParallelBranchFusion, SinkhornHadamard
+from .modules import Mamba, ParallelBranchFusion, SinkhornDivergence, SinkhornHadamard
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from .ops.selective_scan import selective_scan, selective_state_update
+from .ops.sinkhorn_divergence import sinkhorn_divergence
 from .ops.sinkhorn_hadamard import SinkhornHadamardOutput, sinkhorn_hadamard
+from .ops.sinkhorn_transport import sinkhorn_plan, sinkhorn_transport
 
 __all__ = [
     "Mamba",
     "ParallelBranchFusion",
+    "SinkhornDivergence",
     "SinkhornHadamard",
     "SinkhornHadamardOutput",
     "causal_conv1d",
     "causal_conv1d_update",
     "selective_scan",
     "selective_state_update",
+    "sinkhorn_divergence",
     "sinkhorn_hadamard",
+    "sinkhorn_plan",
+    "sinkhorn_transport",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .mamba import Mamba
 from .parallel_branch_fusion import ParallelBranchFusion
+from .sinkhorn_divergence import SinkhornDivergence
 from .sinkhorn_hadamard import SinkhornHadamard
 
-__all__ = ["Mamba", "ParallelBranchFusion", "SinkhornHadamard"]
+__all__ = ["Mamba", "ParallelBranchFusion", "SinkhornDivergence", "SinkhornHadamard"]
