@@ -12,11 +12,13 @@ import ctypes
 import hashlib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,14 @@ import torch
 from torch import nn
 
 from parrot.files import write_atomically
-from parrot.training import TrainingConfig, TrainingResult, reproducible, train
+from parrot.training import (
+    TrainingConfig,
+    TrainingResult,
+    load_checkpoint,
+    reproducible,
+    save_checkpoint,
+    train,
+)
 
 if TYPE_CHECKING:
     from parrot.corpora.splits import Fold
@@ -238,6 +247,63 @@ def cross_validate(
     )
 
 
+def final_fold(speakers: Sequence[str], index: int, seed: int = 0, validation_fraction: float = 0.1) -> Fold:
+    """The fold of a model to be used: all speakers train, but for those held out for early stopping; no test part.
+
+    The validation speakers are drawn as those of a cross-validation's fold ``index`` are.
+    """
+    from parrot.corpora.splits import Fold
+
+    speakers = np.asarray(speakers, dtype=str)
+    names = np.unique(speakers)
+    count = max(1, round(validation_fraction * len(names)))
+    if count >= len(names):
+        raise ValueError(f"final_fold: `speakers` must name at least 2 speakers; got {len(names)}. Add speakers.")
+    held_out = np.isin(speakers, np.random.default_rng(100 * seed + index).choice(names, size=count, replace=False))
+    return Fold(index, np.flatnonzero(~held_out), np.flatnonzero(held_out), np.zeros(0, dtype=np.int64))
+
+
+def train_final(
+    system: str,
+    features: Sequence[np.ndarray],
+    labels: np.ndarray,
+    fold: Fold,
+    label_names: Sequence[str],
+    folder: str | Path,
+    description: dict[str, Any],
+    *,
+    config: TrainingConfig | None = None,
+    seed: int = 0,
+    build: Build | None = None,
+) -> Path:
+    """Train one system on ``fold`` and save it as a checkpoint; one that the same call made is left as it is.
+
+    Args:
+        system, features, labels, label_names, config, seed, build: as in :func:`cross_validate`.
+        fold: see :func:`final_fold`.
+        folder: of the checkpoint.
+        description: what a user of the model must know beside the system, its widths and its labels.
+    """
+    if build is None:
+        from parrot.model import build
+    config = config or TrainingConfig()
+    task = Task(tuple(features), labels, len(label_names), (fold,), config, seed, build)
+    description = {
+        **description,
+        "system": system,
+        "dims": [f.shape[1] for f in features],
+        "labels": list(label_names),
+        "batch_size": config.batch_size,
+        "key": task.key(system, 0, model_digest(task.model(system, 0))),
+    }
+    with contextlib.suppress(ValueError):  # none yet, or a broken one
+        found = load_checkpoint(folder)[1]
+        if {**found, "weights_sha256": None} == {**description, "weights_sha256": None}:
+            return Path(folder)
+    model, _ = task.fit(system, 0)
+    return save_checkpoint(folder, model, description)
+
+
 def _path(store: Path, system: str, fold: int, keys: dict[tuple[str, int], str]) -> Path:
     return store / f"{system}_fold{fold}_{keys[system, fold][:20]}.safetensors"
 
@@ -262,6 +328,11 @@ def _run_all(task: Task, runs: list[tuple[str, int]], workers: int) -> Iterator[
         futures = {pool.submit(_run_in_worker, *run): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "cross_validate: a worker process died, most likely for want of memory. Use fewer `workers`; "
+            "what was finished is kept in `store`."
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -274,12 +345,21 @@ _task: Task | None = None  # of this worker process
 def _start_worker(task: Task) -> None:
     global _task
     _task = task
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(AttributeError, OSError):  # glibc only
         # Gradients of some MB are freed and allocated every step: keep the memory instead of giving it back to
         # the system and faulting its pages in again, a fifth of the time of a step.
         malloc = ctypes.CDLL(None).mallopt
         malloc(_M_MMAP_MAX, 0)
         malloc(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_in_worker(system: str, fold: int) -> TrainingResult:

@@ -98,12 +98,6 @@ class TrainingResult:
         return self.test_logits.argmax(axis=1)
 
 
-def encode_labels(labels: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Codes (n,) int64 and class names; text labels are coded in sorted order."""
-    names, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
-    return codes.astype(np.int64), tuple(names.tolist())
-
-
 @contextlib.contextmanager
 def reproducible(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators and fix what changes the last digits; everything is put back afterwards.
@@ -264,7 +258,7 @@ def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> No
     if not np.issubdtype(np.asarray(labels).dtype, np.integer) or (n and np.min(labels) < 0):
         raise ValueError(
             f"train: `labels` must be integer classes from 0; got {np.asarray(labels).dtype}. "
-            "Use encode_labels for text."
+            "Number the sorted label names."
         )
     seen: dict[int, str] = {}
     for part in ("train", "validation", "test"):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +16,8 @@ import torch
 from torch import nn
 
 from parrot import evaluation
-from parrot.evaluation import cross_validate, metrics
-from parrot.training import TrainingConfig
+from parrot.evaluation import cross_validate, final_fold, metrics, train_final
+from parrot.training import TrainingConfig, load_checkpoint
 
 QUICK = TrainingConfig(epochs=3, device="cpu")
 NAMES = ("anger", "neutral", "sad")
@@ -191,3 +197,62 @@ def test_bad_arguments(data):
         validate(data, ())
     with pytest.raises(ValueError, match=r"indices into `label_names` \(0 to 2\); got 0 to 5"):
         validate((features, np.where(labels == 2, 5, labels), folds))
+
+
+def test_final_fold_trains_all_but_the_held_out_speakers():
+    speakers = np.repeat([f"s{k:02d}" for k in range(20)], 3)
+    fold = final_fold(speakers, index=5, seed=1)
+    held_out = {speakers[i] for i in fold.validation}
+    assert held_out == set(np.random.default_rng(105).choice(np.unique(speakers), size=2, replace=False))
+    assert sorted([*fold.train, *fold.validation]) == list(range(60))
+    assert len(fold.test) == 0
+    with pytest.raises(ValueError, match="at least 2 speakers; got 1"):
+        final_fold(["s"] * 4, index=5)
+
+
+def test_final_model_is_kept_until_something_changes(data, tmp_path):
+    features, labels, _ = data
+    fold = final_fold(np.repeat(list("abcdef"), 15), index=3)
+
+    def save(seed=0):
+        train_final(
+            "small", features, labels, fold, NAMES, tmp_path, {"corpus": "c"}, config=QUICK, seed=seed, build=build
+        )
+        return (tmp_path / "model.safetensors").stat().st_ino
+
+    first = save()
+    weights, description = load_checkpoint(tmp_path)
+    assert description["system"] == "small"
+    assert description["labels"] == list(NAMES)
+    assert description["dims"] == [5, 4]
+    assert (description["corpus"], description["batch_size"]) == ("c", 32)
+    build("small", [5, 4], 3).load_state_dict(weights)
+    assert save() == first
+    assert save(seed=1) != first
+    (tmp_path / "model.json").unlink()
+    save()
+    assert load_checkpoint(tmp_path)[1] == description
+
+
+def test_workers_end_with_a_killed_parent():
+    program = (
+        "import os, signal, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from parrot.evaluation import _start_worker\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), _start_worker, (None,))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "killed.py"
+        script.write_text(program)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, check=False)
+        worker = Path("/proc") / done.stdout.decode().strip()
+    for _ in range(100):
+        if not worker.exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent by 10 s")

@@ -13,7 +13,6 @@ from torch import nn
 
 from parrot.training import (
     TrainingConfig,
-    encode_labels,
     load_checkpoint,
     predict,
     save_checkpoint,
@@ -61,12 +60,6 @@ def make_fold(train=70, validation=20, test=30):
     return SimpleNamespace(
         index=0, train=rows[:train], validation=rows[train : train + validation], test=rows[train + validation :]
     )
-
-
-def test_labels_are_coded_in_sorted_order():
-    codes, names = encode_labels(["sad", "anger", "sad", "neutral"])
-    assert names == ("anger", "neutral", "sad")
-    assert codes.tolist() == [2, 0, 2, 1]
 
 
 def test_agrees_with_a_plain_loop():
