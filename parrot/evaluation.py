@@ -225,7 +225,7 @@ def cross_validate(
     reused = len(results)
     missing = sorted((run for run in keys if run not in results), key=lambda run: -sizes[run[0]])  # longest first
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if config.resolved_device().type == "cpu" else 1
+        workers = _usable_cores() if config.resolved_device().type == "cpu" else 1
 
     with contextlib.closing(_run_all(task, missing, workers)) as finished:
         for (system, fold), result in _progress(finished, len(keys), reused, progress):
@@ -302,6 +302,10 @@ def train_final(
             return Path(folder)
     model, _ = task.fit(system, 0)
     return save_checkpoint(folder, model, description)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _path(store: Path, system: str, fold: int, keys: dict[tuple[str, int], str]) -> Path:

@@ -357,12 +357,13 @@ def comparison_plot(results: CrossValidation, experiment: Experiment) -> Figure:
     axes.text(level, -0.62, f" chance {level:.1f} %", va="bottom", ha="left", fontsize=9)
     axes.set_yticks(range(len(systems)), [experiment.title(system) for system in systems])
     axes.set_ylim(len(systems) - 0.5, -1.0)
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy on unseen speakers, %")
+    reach = max(max(e["wa"]["mean"] + e["wa"]["std"], *e["wa"]["folds"]) for e in summary.values())
+    axes.set_xlim(0, min(100, 10 * np.ceil(10 * reach + 0.3)))
+    axes.set_xlabel("accuracy on unseen speakers, %: mean and deviation, and every fold")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
-    axes.set_title(f"Accuracy on {experiment.corpus}: mean, deviation and every fold", x=0)
+    axes.set_title(f"Accuracy on {experiment.corpus}")
     return figure
 
 
@@ -371,7 +372,7 @@ def confusion_plot(results: CrossValidation, system: str, title: str) -> Figure:
     counts = results.confusion(system)
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     n = len(counts)
-    figure = _figure(1.6 + 0.8 * n, 1.3 + 0.7 * n)
+    figure = _figure(max(4.8, 1.6 + 0.8 * n), max(3.4, 1.3 + 0.7 * n))
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for i in range(n):
@@ -381,7 +382,7 @@ def confusion_plot(results: CrossValidation, system: str, title: str) -> Figure:
     _name_axes(axes, range(n), results.label_names)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(f"{title}: answers in % of each true emotion")
+    axes.set_title(f"{title}, % of each true emotion")
     return figure
 
 
@@ -425,6 +426,9 @@ def plan_plot(plan: np.ndarray, labels: np.ndarray, names: Sequence[str], experi
 
 def learning_plot(results: CrossValidation, experiment: Experiment) -> Figure:
     """One panel a system: cross-entropy of every fold over the epochs, a dot where the weights were taken."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
     systems = list(results.systems)
     columns = min(4, len(systems))
     rows = -(-len(systems) // columns)
@@ -448,8 +452,7 @@ def learning_plot(results: CrossValidation, experiment: Experiment) -> Figure:
     for axes in grid.flat[len(systems) :]:
         axes.set_visible(False)
     grid.flat[0].set_ylim(0, 1.5 * top)
-    from matplotlib.lines import Line2D
-
+    grid.flat[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     handles = [
         Line2D([], [], color=MUTED, linewidth=1.2, label="training"),
         Line2D([], [], color=FUSION, linewidth=1.2, label="validation"),

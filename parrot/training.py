@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,6 @@ def train(
     fold: Fold,
     config: TrainingConfig | None = None,
     seed: int = 0,
-    on_epoch: Callable[[int], object] | None = None,
 ) -> TrainingResult:
     """Train ``model`` on ``fold`` and evaluate it on the fold's test rows. The best weights end in ``model``.
 
@@ -158,7 +157,6 @@ def train(
         fold: row indices train, validation, test; test may be empty.
         config: the protocol; the paper's by default.
         seed: of shuffling and dropout (the model's own initialisation is the caller's).
-        on_epoch: called with the number of each finished epoch.
 
     Raises:
         ValueError: on misaligned, non-finite or empty data, indices out of range or shared between parts.
@@ -172,7 +170,7 @@ def train(
         model.to(device)
         data = [torch.as_tensor(np.asarray(f, dtype=np.float32), device=device) for f in features]
         targets = torch.as_tensor(np.asarray(labels, dtype=np.int64), device=device)
-        history, best_epoch = _fit(model, data, targets, fold, config, seed, on_epoch)
+        history, best_epoch = _fit(model, data, targets, fold, config, seed)
         test = [d[torch.as_tensor(np.asarray(fold.test, dtype=np.int64), device=device)] for d in data]
         if len(fold.test):
             logits = predict(model, test, config.batch_size, device)
@@ -189,7 +187,6 @@ def _fit(
     fold: Fold,
     config: TrainingConfig,
     seed: int,
-    on_epoch: Callable[[int], object] | None,
 ) -> tuple[dict[str, list[float]], int]:
     device = targets.device
     shuffle = torch.Generator().manual_seed(seed)
@@ -219,8 +216,6 @@ def _fit(
         if validation_loss < best_loss - config.min_improvement:
             best_loss, best_epoch = validation_loss, epoch
             best_weights = copy.deepcopy(model.state_dict())
-        if on_epoch is not None:
-            on_epoch(epoch)
         if best_weights is None:
             raise RuntimeError(
                 f"train: the validation loss is {validation_loss} after epoch {epoch}. "

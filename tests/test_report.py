@@ -97,6 +97,29 @@ def test_plots_are_pictures_of_a_sensible_size(written):
         assert 600 < width < 2500, picture.name
 
 
+def test_no_words_are_cut_off():
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    results, experiment = make_results(), make_experiment(corpus="the spoken demo corpus")
+    first = results.systems["parrot"][0]
+    with rc_context(report.STYLE):
+        figures = [
+            report.comparison_plot(results, experiment),
+            report.confusion_plot(results, "parrot", "PARROT"),
+            report.learning_plot(results, experiment),
+            report.plan_plot(first.training.plan, first.labels, NAMES, experiment),
+        ]
+        for figure in figures:
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            drawn, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
+            assert drawn.x0 > -0.02
+            assert drawn.y0 > -0.02
+            assert drawn.x1 < width + 0.02
+            assert drawn.y1 < height + 0.02
+
+
 def test_equal_results_give_equal_files(written, tmp_path):
     again = report.write(make_results(), tmp_path, make_experiment())
     for path in sorted(written[1].parent.iterdir()):
