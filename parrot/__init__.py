@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from parrot.model import Parrot, ParrotConfig, SingleEncoderClassifier
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parrot.model import Parrot, ParrotConfig, SingleEncoderClassifier
 
 __all__ = ["Parrot", "ParrotConfig", "SingleEncoderClassifier"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model when it is asked for: the command line answers `--help` without torch."""
+    if name in __all__:
+        from parrot import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
