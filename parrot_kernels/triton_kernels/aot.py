@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .specialization import COMMON_OPTIONS, Specialization
+from .specialization import Specialization, launch_options
 
 MODULES = ("sinkhorn_hadamard",)
 TRITON_ARCHS = ("80", "90", "100", "gfx942")
@@ -125,7 +125,8 @@ def compile_triton(module: str, position: int, arch: str) -> Row:
     start = time.perf_counter()
     try:
         source = ASTSource(spec.kernel, spec.signature, dict(spec.constants), spec.attributes)
-        compiled = triton.compile(source, target=target, options={"num_warps": spec.num_warps, **COMMON_OPTIONS})
+        options = launch_options(spec.num_warps, spec.max_registers, amd=target.backend == "hip")
+        compiled = triton.compile(source, target=target, options=options)
     except Exception as exception:  # whatever a compiler raises becomes a row that fails
         row.error = f"does not compile: {type(exception).__name__}: {exception}"
         return row

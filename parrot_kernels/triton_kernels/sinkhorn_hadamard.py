@@ -44,10 +44,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .specialization import COMMON_OPTIONS, Specialization
+from .specialization import Specialization, launch_options
 
 MAX_POINTS = 256
 MAX_TILE = 128 * 128  # costs that the registers of one program hold: 64 in each of 256 threads
+MAX_REGISTERS = 255  # all that a thread can have
 DEFAULT_THRESHOLD = 1e-3  # `converged` when no tolerance was asked for
 
 COSTS = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "matrix": 3}
@@ -433,8 +434,7 @@ def forward(
             BLOCK_M=columns,
             WARPS_N=warps_n,
             WARPS_M=warps_m,
-            num_warps=warps_n * warps_m,
-            **COMMON_OPTIONS,
+            **launch_options(warps_n * warps_m, MAX_REGISTERS, amd=torch.version.hip is not None),
         )
 
 
@@ -472,5 +472,6 @@ def specializations() -> Iterator[Specialization]:
                 **{"COST": COSTS[cost], "BLOCK_N": rows, "BLOCK_M": columns, "WARPS_N": warps_n, "WARPS_M": warps_m},
             },
             num_warps=warps_n * warps_m,
+            max_registers=MAX_REGISTERS,
             quick=((N, M) == (128, 128) and (dtype == "fp32" or cost == "euclidean")) or (plain and (N, M) == (32, 32)),
         )

@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Launch options of every kernel. Triton's default for fused multiply-adds differs between versions; ours does not.
-COMMON_OPTIONS = {"enable_fp_fusion": True}
+
+def launch_options(num_warps: int, max_registers: int | None, amd: bool) -> dict[str, Any]:
+    """Options of a launch, the same ahead of time and at run time.
+
+    Triton's default for fused multiply-adds differs between versions; ours does not. With ``max_registers`` the
+    assembler uses up to that many of NVIDIA's registers a thread instead of spilling to fit more programs.
+    """
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return options if amd or max_registers is None else options | {"maxnreg": max_registers}
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Specialization:
         arguments: Triton type ("*fp32", "i32", "fp32") of each argument that is not a constant, in order.
         constants: the ``tl.constexpr`` arguments, and None for each absent pointer.
         num_warps: warps per program.
+        max_registers: cap of registers a thread, see `launch_options`.
         quick: part of the short list that the tests compile.
     """
 
@@ -28,6 +36,7 @@ class Specialization:
     arguments: Mapping[str, str]
     constants: Mapping[str, Any]
     num_warps: int
+    max_registers: int | None = None
     quick: bool = False
 
     @property
