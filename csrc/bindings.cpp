@@ -176,7 +176,7 @@ void bind_causal_conv1d(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of parrot_kernels; call them through parrot_kernels.ops.";
-    py::class_<TensorView>(m, "TensorView").def(py::init(&make_view));
+    py::class_<TensorView>(m, "TensorView", py::module_local()).def(py::init(&make_view));
     m.attr("isa") = cpu::isa();
     bind_sinkhorn_hadamard(m);
     bind_selective_scan(m);

@@ -27,7 +27,7 @@ DIM = 6
 class TinyEncoder(nn.Module):
     """A few random filters; counts its calls."""
 
-    name, sample_rate, embedding_dim, min_samples, threads = "tiny", RATE, DIM, 400, 1
+    name, sample_rate, embedding_dim, min_samples, threads = "tiny", RATE, DIM, 400, None
 
     def __init__(self, seed: int = 0, seconds: float = 0.0):
         super().__init__()
@@ -346,6 +346,7 @@ def test_two_processes_share_a_cache(tmp_path, cache):
 
 def test_an_encoder_computes_on_the_threads_it_asks_for(corpus, cache):
     before, encoder = torch.get_num_threads(), TinyEncoder()
+    encoder.threads = 1
     torch.set_num_threads(2)
     try:
         run(corpus, cache, encoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,14 +49,15 @@ def installed(source: Path, tmp_path: Path) -> tuple[Path, dict, str]:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     info = json.loads((site / "parrot_kernels" / "build_info.json").read_text())
+    # An editable install, as in development, would lend its extension to the copy under test.
+    program = (
+        "import runpy, sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
+        "runpy.run_module('parrot_kernels', run_name='__main__')"
+    )
     env = {**os.environ, "PYTHONPATH": str(site)}
     doctor = subprocess.run(
-        [sys.executable, "-P", "-m", "parrot_kernels"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
     )
     return wheel, info, doctor.stdout
 
@@ -78,7 +80,7 @@ def test_with_a_compiler_the_wheel_has_the_cpu_kernels_and_nothing_of_torch(sour
     _, info, doctor = installed(source, tmp_path)
     assert info["cpu"] is True
     assert info["cuda"] is False
-    assert "CUDA kernels  none: it was built with PARROT_BUILD_CUDA=0" in doctor
+    assert re.search(r"CUDA kernels +none: it was built with PARROT_BUILD_CUDA=0", doctor)
     assert "sinkhorn_hadamard on cpu: cpu" in doctor
     (library,) = (tmp_path / "site" / "parrot_kernels").glob("_C*.so")
     linked = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout

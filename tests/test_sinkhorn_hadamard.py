@@ -107,6 +107,18 @@ def test_lengths_cut_the_problem_out(backend, device):
 
 
 @everywhere
+def test_padding_does_not_set_the_scale(backend, device):
+    """Far from the origin, whatever stands in for padding is farther away than any valid point."""
+    x, y = torch.randn(2, 5, 3, device=device) + 100, torch.randn(2, 4, 3, device=device) + 100
+    lengths = {"x_lengths": torch.tensor([5, 3], device=device), "y_lengths": torch.tensor([2, 4], device=device)}
+    got = sinkhorn_hadamard(x, y, **lengths, backend=backend)
+    for p, (n, m) in enumerate(((5, 2), (3, 4))):
+        want = sinkhorn_hadamard(x[p, :n], y[p, :m], backend=backend)
+        assert_close(got.cost[p], want.cost, "sinkhorn", "cost")
+        assert_close(got.y_to_x[p, :n], want.y_to_x, "sinkhorn", "y_to_x")
+
+
+@everywhere
 def test_one_problem_without_a_batch(backend, device):
     arguments = to(problem("everything", SIZES, FP32), device)
     given = cotangents(single(arguments, 1))

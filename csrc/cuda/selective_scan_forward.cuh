@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(const ScanArguments<T> p
 
 // Any number of states, any dtype: a warp per channel, lanes over states, which live in `final_state`.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scan_forward_generic(const ScanArguments<T> p) {
+__global__ void __launch_bounds__(kThreads, 1) scan_forward_generic(const ScanArguments<T> p) {
     using Real = Compute<T>;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
     if (row >= static_cast<int64_t>(p.batch) * p.dim) return;  // whole warps

@@ -268,7 +268,7 @@ class _Problem:
 
         raw = _pairwise(self.x, self.y, cost) if cost_matrix is None else _fill(cost_matrix.to(dtype), self.pairs, 0)
         if scale is None:
-            scale = raw.detach().amax((1, 2)).clamp(min=MIN_SCALE)
+            scale = _fill(raw.detach(), self.pairs, 0).amax((1, 2)).clamp(min=MIN_SCALE)
         self.scale = scale if isinstance(scale, Tensor) else torch.full_like(eps, scale)
         self.eps = eps
         self.cost = raw / self.scale[:, None, None]
