@@ -72,6 +72,43 @@ void bind_sinkhorn_hadamard(py::module_& m) {
         py::arg("x_hadamard"), py::arg("y_hadamard"), py::arg("f"), py::arg("g"), py::arg("plan"),
         py::arg("transport_cost"), py::arg("error"), py::arg("iterations"), py::arg("converged"), py::arg("scale"),
         py::arg("f_history"), py::arg("g_history"), py::arg("num_threads"));
+    m.def(
+        "sinkhorn_hadamard_backward",
+        [](TensorView x, TensorView y, Optional a, Optional b, Optional x_lengths, Optional y_lengths,
+           Optional cost_matrix, TensorView eps, const std::string& cost, std::optional<double> rho_x,
+           std::optional<double> rho_y, const std::string& gradient, TensorView f, TensorView g, TensorView scale,
+           TensorView iterations, Optional f_history, Optional g_history, Optional grad_x_to_y, Optional grad_y_to_x,
+           Optional grad_x_hadamard, Optional grad_y_hadamard, Optional grad_f, Optional grad_g, Optional grad_plan,
+           Optional grad_transport_cost, Optional dx, Optional dy, Optional dcost_matrix, Optional da, Optional db,
+           Optional deps, int num_threads) {
+            constexpr double infinity = std::numeric_limits<double>::infinity();
+            if (gradient != "unrolled" && gradient != "detached")
+                throw std::invalid_argument("sinkhorn_hadamard (cpu): no gradient " + gradient);
+            SinkhornHadamardBackward p;
+            p.x = x, p.y = y, p.a = given(a), p.b = given(b);
+            p.x_lengths = given(x_lengths), p.y_lengths = given(y_lengths);
+            p.cost_matrix = given(cost_matrix), p.eps = eps, p.cost = cost_kind(cost);
+            p.rho_x = rho_x.value_or(infinity), p.rho_y = rho_y.value_or(infinity);
+            p.unrolled = gradient == "unrolled";
+            p.f = f, p.g = g, p.scale = scale, p.iterations = iterations;
+            p.f_history = given(f_history), p.g_history = given(g_history);
+            p.grad_x_to_y = given(grad_x_to_y), p.grad_y_to_x = given(grad_y_to_x);
+            p.grad_x_hadamard = given(grad_x_hadamard), p.grad_y_hadamard = given(grad_y_hadamard);
+            p.grad_f = given(grad_f), p.grad_g = given(grad_g), p.grad_plan = given(grad_plan);
+            p.grad_transport_cost = given(grad_transport_cost);
+            p.dx = given(dx), p.dy = given(dy), p.dcost_matrix = given(dcost_matrix);
+            p.da = given(da), p.db = given(db), p.deps = given(deps);
+            p.num_threads = num_threads;
+            py::gil_scoped_release release;
+            cpu::sinkhorn_hadamard_backward(p);
+        },
+        py::kw_only(), py::arg("x"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("x_lengths"),
+        py::arg("y_lengths"), py::arg("cost_matrix"), py::arg("eps"), py::arg("cost"), py::arg("rho_x"),
+        py::arg("rho_y"), py::arg("gradient"), py::arg("f"), py::arg("g"), py::arg("scale"), py::arg("iterations"),
+        py::arg("f_history"), py::arg("g_history"), py::arg("grad_x_to_y"), py::arg("grad_y_to_x"),
+        py::arg("grad_x_hadamard"), py::arg("grad_y_hadamard"), py::arg("grad_f"), py::arg("grad_g"),
+        py::arg("grad_plan"), py::arg("grad_transport_cost"), py::arg("dx"), py::arg("dy"), py::arg("dcost_matrix"),
+        py::arg("da"), py::arg("db"), py::arg("deps"), py::arg("num_threads"));
 }
 
 // The inputs of the selective scan, in the order of SCAN_INPUTS.

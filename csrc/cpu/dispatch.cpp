@@ -13,9 +13,8 @@ namespace {
 int supported_level() {
 #if defined(PARROT_X86)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return 4;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 3;
 #endif
@@ -45,21 +44,24 @@ const char* isa() {
 }
 
 #if defined(PARROT_X86)
-#define PARROT_SELECT(function, params)                  \
-    switch (level()) {                                   \
-        case 4: return v4::function(params);             \
-        case 3: return v3::function(params);             \
-        default: return v2::function(params);            \
+#define PARROT_SELECT(function, params)  \
+    switch (level()) {                   \
+        case 4:                          \
+            return v4::function(params); \
+        case 3:                          \
+            return v3::function(params); \
+        default:                         \
+            return v2::function(params); \
     }
 #else
 #define PARROT_SELECT(function, params) return v2::function(params);
 #endif
 
-#define PARROT_DEFINE(function, Params)                  \
-    void function(const Params& given) {                 \
-        Params params = given;                           \
-        if (forked) params.num_threads = 1;              \
-        PARROT_SELECT(function, params)                  \
+#define PARROT_DEFINE(function, Params)     \
+    void function(const Params& given) {    \
+        Params params = given;              \
+        if (forked) params.num_threads = 1; \
+        PARROT_SELECT(function, params)     \
     }
 PARROT_CPU_KERNELS(PARROT_DEFINE)
 

@@ -7,20 +7,29 @@
 #include "sinkhorn_hadamard.h"
 
 // Every CPU kernel: X(function, parameter struct).
-#define PARROT_CPU_KERNELS(X)                              \
-    X(sinkhorn_hadamard_forward, SinkhornHadamardForward) \
-    X(selective_scan_forward, SelectiveScanForward)       \
-    X(selective_scan_backward, SelectiveScanBackward)     \
-    X(causal_conv1d_forward, CausalConv1dForward)         \
+#define PARROT_CPU_KERNELS(X)                               \
+    X(sinkhorn_hadamard_forward, SinkhornHadamardForward)   \
+    X(sinkhorn_hadamard_backward, SinkhornHadamardBackward) \
+    X(selective_scan_forward, SelectiveScanForward)         \
+    X(selective_scan_backward, SelectiveScanBackward)       \
+    X(causal_conv1d_forward, CausalConv1dForward)           \
     X(causal_conv1d_backward, CausalConv1dBackward)
 
 namespace parrot {
 
-#define PARROT_DECLARE(function, Params)                     \
-    namespace v4 { void function(const Params& params); }    \
-    namespace v3 { void function(const Params& params); }    \
-    namespace v2 { void function(const Params& params); }    \
-    namespace cpu { void function(const Params& params); }
+#define PARROT_DECLARE(function, Params) \
+    namespace v4 {                       \
+    void function(const Params& params); \
+    }                                    \
+    namespace v3 {                       \
+    void function(const Params& params); \
+    }                                    \
+    namespace v2 {                       \
+    void function(const Params& params); \
+    }                                    \
+    namespace cpu {                      \
+    void function(const Params& params); \
+    }
 PARROT_CPU_KERNELS(PARROT_DECLARE)
 #undef PARROT_DECLARE
 

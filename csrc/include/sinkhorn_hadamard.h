@@ -15,12 +15,29 @@ struct SinkhornHadamardForward {
     CostKind cost = CostKind::euclidean;
     double cost_scale = 0.0;  // 0: divide by the largest valid cost of the problem
     int n_iters = 50;
-    double tol = -1.0;  // negative: always run n_iters
+    double tol = -1.0;                                       // negative: always run n_iters
     double rho_x = std::numeric_limits<double>::infinity();  // infinity: balanced
     double rho_y = std::numeric_limits<double>::infinity();
     // Outputs, preallocated; plan and the histories may be absent.
     TensorView x_to_y, y_to_x, x_hadamard, y_hadamard, f, g, plan;
     TensorView transport_cost, error, iterations, converged, scale, f_history, g_history;
+    int num_threads = 1;
+};
+
+// In the compute dtype, but for dx, dy and dcost_matrix, which have their inputs'. What is not needed is absent.
+struct SinkhornHadamardBackward {
+    TensorView x, y, a, b, x_lengths, y_lengths, cost_matrix, eps;
+    CostKind cost = CostKind::euclidean;
+    double rho_x = std::numeric_limits<double>::infinity();
+    double rho_y = std::numeric_limits<double>::infinity();
+    bool unrolled = true;  // else the plan and the potentials are constants
+    // Outputs of the forward; the histories are read where the iteration is differentiated.
+    TensorView f, g, scale, iterations, f_history, g_history;
+    // Gradients of its outputs; absent: zero.
+    TensorView grad_x_to_y, grad_y_to_x, grad_x_hadamard, grad_y_hadamard, grad_f, grad_g, grad_plan;
+    TensorView grad_transport_cost;
+    // Outputs, preallocated.
+    TensorView dx, dy, dcost_matrix, da, db, deps;
     int num_threads = 1;
 };
 

@@ -19,7 +19,9 @@ struct TensorView {
 
     explicit operator bool() const { return ndim > 0; }  // an empty tensor has no address but was given
     template <typename T>
-    T* ptr() const { return static_cast<T*>(data); }
+    T* ptr() const {
+        return static_cast<T*>(data);
+    }
 };
 
 }  // namespace parrot

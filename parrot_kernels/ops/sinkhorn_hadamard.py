@@ -266,9 +266,18 @@ def _triton_forward(**arguments: Any) -> None:
 
 
 _reference_backward = _in_full_precision(reference.backward)
+
+
+def _cpu_backward(*, gradient: str, **arguments: Any) -> None:
+    if gradient == "implicit":  # one dense linear system in float64: LAPACK's work, by way of PyTorch
+        _reference_backward(gradient=gradient, **arguments)
+    else:
+        native.call_cpu("sinkhorn_hadamard_backward", gradient=gradient, **arguments)
+
+
 KERNELS = {  # a backend that has no backward of its own yet borrows the reference's
     "torch": Kernels(_in_full_precision(reference.forward), _reference_backward),
-    "cpu": Kernels(functools.partial(native.call_cpu, "sinkhorn_hadamard_forward"), _reference_backward),
+    "cpu": Kernels(functools.partial(native.call_cpu, "sinkhorn_hadamard_forward"), _cpu_backward),
     "triton": Kernels(_triton_forward, _reference_backward),
 }
 

@@ -1,0 +1,505 @@
+// Gradients of Sinkhorn-Hadamard on the CPU: through the projections, the iteration (sinkhorn_adjoint.h) and the cost
+// (pairwise_gradient.h) of each problem of a batch.
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "pairwise_gradient.h"
+#include "sinkhorn_adjoint.h"
+
+namespace parrot {
+namespace PARROT_ISA {
+namespace {
+
+constexpr int64_t kShared = 40000;  // costs of a problem from which threads share its iteration
+
+template <typename T>
+struct BackwardProblem {
+    static constexpr int L = kLanes<T>;
+    static constexpr int64_t kRowTile = SinkhornAdjoint<T>::kRowTile, kColumnTile = SinkhornAdjoint<T>::kColumnTile;
+    const SinkhornHadamardBackward& p;
+    int64_t problem, N, M, features, stride;
+    bool to_x_given, to_y_given;  // gradients of y_to_x or x_hadamard, and of x_to_y or y_hadamard
+    bool through_cost;            // some gradient of the cost is wanted, and there is one
+    bool unroll;                  // some gradient through the iteration is wanted
+    int64_t steps;
+    SinkhornAdjoint<T> adjoint;
+    PairwiseCost<T> pairwise;
+    PairwiseGradient<T> pairwise_gradient;
+    T *x, *y, *to_x, *to_y;  // the points and the gradients of y_to_x and x_to_y, padded with zeros
+    T *dx, *dy;
+    T *rows_packed, *columns_packed;  // in panels: (m, features) for sums over columns, (n, features) over rows
+    T* transposed_packed;             // (features, m)
+    T* products;                      // (threads, kRowTile, stride or kColumnTile)
+    T *spent, *eps_rows;              // (n_pad): sum_j P_ij c_ij, and sum_j dc_ij c_ij
+    T scale, grad_cost;
+    T deps_of_potentials;  // thread 0's
+
+    BackwardProblem(const SinkhornHadamardBackward& params, int64_t index) : p(params), problem(index) {
+        N = p.x.size[1], M = p.y.size[1], features = p.x.size[2];
+        stride = round_up<T>(features);
+        adjoint.problem = index;
+        to_x_given = p.grad_y_to_x || p.grad_x_hadamard;
+        to_y_given = p.grad_x_to_y || p.grad_y_hadamard;
+        const bool cost_wanted = p.dcost_matrix || (p.cost != CostKind::matrix && (p.dx || p.dy));
+        unroll = p.unrolled && (cost_wanted || p.da || p.db || p.deps);
+        through_cost = unroll || (cost_wanted && p.grad_transport_cost);
+        steps = unroll ? element<int32_t>(p.iterations, index) : 0;
+    }
+
+    static int64_t length(const TensorView& lengths, int64_t index, int64_t limit) {
+        return lengths ? element<int32_t>(lengths, index) : limit;
+    }
+
+    size_t carve(char* memory, int threads) {
+        Carver carver(memory);
+        auto& it = adjoint;
+        it.set_shape(length(p.x_lengths, problem, N), length(p.y_lengths, problem, M));
+        it.carve(carver, threads, steps, through_cost);
+        for (T** array : {&x, &to_x, &dx, &columns_packed}) *array = carver.take<T>(it.n_pad * stride);
+        for (T** array : {&y, &to_y, &dy, &rows_packed, &transposed_packed}) *array = carver.take<T>(it.m_pad * stride);
+        products = carver.take<T>(threads * kRowTile * (stride > kColumnTile ? stride : kColumnTile));
+        spent = carver.take<T>(it.n_pad);
+        eps_rows = carver.take<T>(it.n_pad);
+        pairwise.kind = p.cost;
+        pairwise.n = it.n, pairwise.m = it.m, pairwise.n_pad = it.n_pad, pairwise.m_pad = it.m_pad;
+        pairwise.features = features, pairwise.feature_stride = stride;
+        pairwise.x = x, pairwise.y = y;
+        if (p.cost != CostKind::matrix) pairwise.carve(carver);
+        pairwise_gradient.has_near = carver.take<int>(it.n_pad);
+        return carver.used();
+    }
+
+    bool empty() const { return adjoint.n == 0 || adjoint.m == 0; }
+
+    void write_empty() const {
+        write_padding(0, 0);
+        const T* none = nullptr;
+        if (p.da) write_row(RowView(p.da, problem), none, 0, N);
+        if (p.db) write_row(RowView(p.db, problem), none, 0, M);
+        if (p.deps) element<T>(p.deps, problem) = 0;
+    }
+
+    // Zero gradients of rows from n and columns from m on.
+    void write_padding(int64_t n, int64_t m) const {
+        const T* none = nullptr;
+        for (int64_t i = n; i < N; ++i) {
+            if (p.dx) write_row(RowView(p.dx, problem, i), none, 0, features);
+            if (p.dcost_matrix) write_row(RowView(p.dcost_matrix, problem, i), none, 0, M);
+        }
+        for (int64_t j = m; j < M; ++j)
+            if (p.dy) write_row(RowView(p.dy, problem, j), none, 0, features);
+    }
+
+    // Row i of `from`, or zeros.
+    void read_padded(const TensorView& from, int64_t i, int64_t count, T* out) const {
+        const bool given = from && i < count;
+        if (given) read_row(RowView(from, problem, i), features, out);
+        for (int64_t d = given ? features : 0; d < stride; ++d) out[d] = 0;
+    }
+
+    // Points, and the gradients of what was transported to them: direct + points * hadamard.
+    void read_side(const Team& team, const TensorView& from, const TensorView& direct, const TensorView& hadamard,
+                   int64_t count, int64_t padded, T* points, T* gradients, T* zeroed, T* scratch) const {
+        team.for_each(padded, [&](int64_t i) {
+            T *point = points + i * stride, *gradient = gradients + i * stride;
+            read_padded(from, i, count, point);
+            read_padded(direct, i, count, gradient);
+            if (hadamard) read_padded(hadamard, i, count, scratch);
+            for (int64_t d = 0; d < stride; d += L) {
+                if (hadamard) store(gradient + d, load(gradient + d) + load(point + d) * load(scratch + d));
+                store(zeroed + i * stride + d, Vec<T>{});
+            }
+        });
+    }
+
+    T* my_product(const Team& team) const {
+        return products + team.rank * kRowTile * (stride > kColumnTile ? stride : kColumnTile);
+    }
+
+    __attribute__((noinline)) void cost_rows(int64_t begin, int64_t end) const {
+        const auto& it = adjoint;
+        if (p.cost != CostKind::matrix) {
+            pairwise.rows(begin, end, it.cost);
+        } else {
+            for (int64_t i = begin; i < end; ++i)
+                for (int64_t j = 0; j < it.m_pad; j += L) {
+                    T values[L] = {};
+                    read_row(RowView(p.cost_matrix, problem, i).from(j), it.m - j < L ? it.m - j : L, values);
+                    store(it.cost.at(i, j), load(values));
+                }
+        }
+        if (!through_cost) return;
+        for (int64_t i = begin; i < end; ++i)
+            for (int64_t j = 0; j < it.m_pad; j += L) store(it.dc.at(i, j), Vec<T>{});
+    }
+
+    // body(begin, end) for tiles of at most kRowTile rows of a block.
+    template <typename Body>
+    PARROT_INLINE void tiles(int64_t block, Body&& body) const {
+        const int64_t last = adjoint.block_end(block) < adjoint.n ? adjoint.block_end(block) : adjoint.n;
+        for (int64_t i = adjoint.block_begin(block); i < last; i += kRowTile)
+            body(i, i + kRowTile < last ? i + kRowTile : last);
+    }
+
+    void prepare(const Team& team) {
+        auto& it = adjoint;
+        T* scratch = my_product(team);
+        read_side(team, p.x, p.grad_y_to_x, p.grad_x_hadamard, it.n, it.n_pad, x, to_x, dx, scratch);
+        read_side(team, p.y, p.grad_x_to_y, p.grad_y_hadamard, it.m, it.m_pad, y, to_y, dy, scratch);
+        scale = element<T>(p.scale, problem);
+        grad_cost = p.grad_transport_cost ? element<T>(p.grad_transport_cost, problem) : T(0);
+        constexpr double infinity = std::numeric_limits<double>::infinity();
+        it.eps = element<T>(p.eps, problem);
+        it.inverse = T(1) / (scale * it.eps);
+        it.balanced_x = p.rho_x == infinity, it.balanced_y = p.rho_y == infinity;
+        it.damp_x = it.balanced_x ? T(1) : T(p.rho_x / (p.rho_x + it.eps));
+        it.damp_y = it.balanced_y ? T(1) : T(p.rho_y / (p.rho_y + it.eps));
+        it.f_history = p.f_history, it.g_history = p.g_history;
+        if (p.cost != CostKind::matrix) pairwise.prepare(team);
+        team.for_each(it.blocks,
+                      [&](int64_t block) { tiles(block, [&](int64_t begin, int64_t end) { cost_rows(begin, end); }); });
+    }
+
+    // The last potentials, F as stored and G by one more update from it, so that its sums cancel the rounding of F.
+    void find_potentials(const Team& team) {
+        auto& it = adjoint;
+        if (team.rank == 0) {
+            read_row(RowView(p.f, problem), it.n, it.F);
+            for (int64_t i = 0; i < it.n; ++i) {
+                it.F[i] /= it.eps;
+                it.alpha[i] = it.F[i] - it.log_a[i];
+            }
+        }
+        team.barrier();
+        team.for_each(it.chunks, [&](int64_t chunk) {
+            for (int64_t j = it.chunk_begin(chunk); j < it.chunk_end(chunk); j += L) {
+                const IntVec<T> padding = load(it.column_tail + j) > T(0);
+                const Vec<T> lse = padding ? broadcast(T(__builtin_huge_val())) : it.column_lse(j);
+                store(it.beta + j, lse * -it.damp_y);
+                store(it.G + j, load(it.beta + j) + load(it.log_b + j));
+            }
+        });
+        if (team.rank == 0) {
+            deps_of_potentials = read_gradient(p.grad_f, it.n, it.F, it.dF);
+            deps_of_potentials += read_gradient(p.grad_g, it.m, it.G, it.dG);
+        }
+        team.barrier();
+    }
+
+    // The gradient of a potential in units of eps into `out`; returns what it gives to eps.
+    T read_gradient(const TensorView& given, int64_t count, const T* potential, T* out) const {
+        T sum = 0;
+        if (!given || !unroll) return sum;
+        read_row(RowView(given, problem), count, out);
+        for (int64_t i = 0; i < count; ++i) {
+            sum += out[i] * potential[i];
+            out[i] *= adjoint.eps;
+        }
+        return sum;
+    }
+
+    // One of the projections, by the kernel P / b ("to y": x_to_y, whose gradient is to_y) or P / a ("to x").
+    // transported_j = sum_i kernel_ij left_i, or transported_i = sum_j kernel_ij right_j.
+    struct Side {
+        bool to_y, through_kernel, by_rows, by_columns, plan;
+        const T *left, *right;
+        TensorView row_factor, column_factor;  // by which the sums count in dx and dy, or absent
+
+        bool needed() const { return through_kernel || by_rows || by_columns || plan; }
+    };
+
+    Side side_y() const {
+        return {true, unroll && to_y_given, p.dx && to_y_given, p.dy && p.grad_y_hadamard, false, x, to_y,
+                {},   p.grad_y_hadamard};
+    }
+    Side side_x() const {
+        const bool plan = through_cost && (p.grad_transport_cost || (unroll && p.grad_plan));
+        return {false,
+                unroll && to_x_given,
+                p.dx && p.grad_x_hadamard,
+                p.dy && to_x_given,
+                plan,
+                to_x,
+                y,
+                p.grad_x_hadamard,
+                {}};
+    }
+
+    void pack(const Team& team, const Side& side) const {
+        const auto& it = adjoint;
+        const int64_t vectors = stride / L;
+        team.for_each(it.m_pad / L, [&](int64_t group) {
+            if (side.by_rows)
+                for (int64_t j = group * L; j < (group + 1) * L && j < it.m; ++j)
+                    pack_row(rows_packed, side.right + j * stride, T(1), j, it.m, vectors);
+            for (int64_t d = 0; side.through_kernel && d < features; d += L) {
+                Vec<T> tile[L];
+                PARROT_UNROLL
+                for (int lane = 0; lane < L; ++lane) tile[lane] = load(side.right + (group * L + lane) * stride + d);
+                transpose<T>(tile);
+                for (int lane = 0; lane < L && d + lane < features; ++lane)
+                    store(transposed_packed + packed_index<T>(d + lane, group, features, it.m_pad / L), tile[lane]);
+            }
+        });
+        team.for_each(it.n, [&](int64_t i) {
+            if (side.by_columns) pack_row(columns_packed, side.left + i * stride, T(1), i, it.n, vectors);
+        });
+    }
+
+    // to_i += factor_i product_i
+    void add_rows(int64_t begin, int64_t end, const TensorView& factor, const T* product, T* to) const {
+        T values[L];
+        for (int64_t i = begin; i < end; ++i, product += stride)
+            for (int64_t d = 0; d < stride; d += L) {
+                T* out = to + i * stride + d;
+                if (factor) {
+                    for (T& value : values) value = 0;
+                    read_row(RowView(factor, problem, i).from(d), features - d < L ? features - d : L, values);
+                    store(out, load(out) + load(values) * load(product + d));
+                } else {
+                    store(out, load(out) + load(product + d));
+                }
+            }
+    }
+
+    // What reaches log P through kernel_ij <left_i, right_j>, into dc, its sums by rows, and by columns in `partial`.
+    __attribute__((noinline)) void kernel_gradient(int64_t begin, int64_t end, const Side& side, T* row_sums,
+                                                   T* partial, T* product) const {
+        const auto& it = adjoint;
+        for (int64_t column = 0; column < it.m_pad; column += kColumnTile) {
+            const int64_t width = column + kColumnTile < it.m_pad ? kColumnTile : it.m_pad - column;
+            matmul<T>(end - begin, features, {side.left + begin * stride, stride, L * stride, 1, L},
+                      transposed_packed + panel_offset<T>(column / L / kTileVectors<T>, features), width / L,
+                      {product, kColumnTile, L * kColumnTile, L});
+            for (int64_t i = begin; i < end; ++i) {
+                Vec<T> sum{};
+                for (int64_t j = 0; j < width; j += L) {
+                    const Vec<T> value =
+                        load(product + (i - begin) * kColumnTile + j) * load(it.kernel.at(i, column + j));
+                    T *out = it.dc.at(i, column + j), *columns = partial + column + j;
+                    store(out, load(out) - value);
+                    store(columns, load(columns) + value);
+                    sum += value;
+                }
+                row_sums[i] += sum_lanes<T>(sum);
+            }
+        }
+    }
+
+    // The same for what the plan and the transport cost give; dc also takes the latter's direct part.
+    __attribute__((noinline)) void plan_gradient(int64_t i, T* partial) const {
+        const auto& it = adjoint;
+        const T direct = grad_cost * it.eps;
+        Vec<T> sum{}, cost_sum{};
+        for (int64_t j = 0; j < it.m_pad; j += L) {
+            const Vec<T> c = load(it.cost.at(i, j)) * it.inverse, plan = load(it.kernel.at(i, j)) * it.a[i];
+            Vec<T> value{};
+            if (unroll) {
+                T values[L] = {};
+                if (p.grad_plan)
+                    read_row(RowView(p.grad_plan, problem, i).from(j), it.m - j < L ? it.m - j : L, values);
+                value = plan * (load(values) + c * direct);
+                store(partial + j, load(partial + j) + value);
+            }
+            store(it.dc.at(i, j), load(it.dc.at(i, j)) + (plan * direct - value));
+            sum += value;
+            cost_sum += plan * c;
+        }
+        it.dF[i] += sum_lanes<T>(sum);
+        spent[i] = sum_lanes<T>(cost_sum);
+    }
+
+    void through_side(const Team& team, const Side& side) {
+        if (!side.needed()) return;
+        auto& it = adjoint;
+        pack(team, side);
+        T* product = my_product(team);
+        team.for_each(it.blocks, [&](int64_t block) {
+            it.clear_partials(block);
+            T* partial = it.partial_dG + block * it.m_pad;
+            tiles(block, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i)
+                    it.fill_row(i, side.to_y ? it.F[i] : it.alpha[i], side.to_y ? it.beta : it.G);
+                if (side.through_kernel)
+                    kernel_gradient(begin, end, side, side.to_y ? it.dF : it.row_extra, partial, product);
+                if (side.plan)
+                    for (int64_t i = begin; i < end; ++i) plan_gradient(i, partial);
+                if (!side.by_rows) return;
+                matmul<T>(end - begin, it.m, {it.kernel.at(begin, 0), L, L * it.m_pad, 1, L * L}, rows_packed,
+                          stride / L, {product, stride, L * stride, L});
+                add_rows(begin, end, side.row_factor, product, dx);
+            });
+        });
+        team.for_each((it.m_pad + kRowTile - 1) / kRowTile, [&](int64_t tile) {
+            const int64_t begin = tile * kRowTile, end = begin + kRowTile < it.m ? begin + kRowTile : it.m;
+            if (side.by_columns && begin < end) {
+                matmul<T>(end - begin, it.n, {it.kernel.at(0, begin), 1, L * L, L, L * it.m_pad}, columns_packed,
+                          stride / L, {product, stride, L * stride, L});
+                add_rows(begin, end, side.column_factor, product, dy);
+            }
+            T* sums = side.to_y ? it.column_extra : it.dG;
+            for (int64_t j = begin; j < begin + kRowTile && j < it.m_pad; j += L)
+                store(sums + j, load(sums + j) + it.total(it.partial_dG, j));
+        });
+    }
+
+    void write_cost_row(int64_t i) const {
+        const auto& it = adjoint;
+        Vec<T> sum{};
+        for (int64_t j = 0; j < it.m_pad; j += L) sum += load(it.dc.at(i, j)) * (load(it.cost.at(i, j)) * it.inverse);
+        eps_rows[i] = sum_lanes<T>(sum);
+        if (!p.dcost_matrix) return;
+        T values[L] = {};
+        for (int64_t j = 0; j < M; j += L) {
+            if (j < it.m) store(values, load(it.dc.at(i, j)) * it.inverse);
+            const int64_t valid = j > it.m ? 0 : it.m - j;
+            write_row(RowView(p.dcost_matrix, problem, i).from(j), values, valid < L ? valid : L,
+                      M - j < L ? M - j : L);
+        }
+    }
+
+    void through_costs(const Team& team) {
+        auto& it = adjoint;
+        const bool points = p.cost != CostKind::matrix && (p.dx || p.dy);
+        auto& gradient = pairwise_gradient;
+        gradient.pairwise = pairwise;
+        gradient.cost = it.cost, gradient.gradient = it.dc, gradient.near = it.kernel;
+        gradient.unit = it.inverse, gradient.dx = p.dx ? dx : nullptr, gradient.dy = p.dy ? dy : nullptr;
+        gradient.x_packed = columns_packed, gradient.y_packed = rows_packed, gradient.sums = it.s;
+        if (points) gradient.prepare(team);
+        T* product = my_product(team);
+        team.for_each(it.blocks, [&](int64_t block) {
+            tiles(block, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) write_cost_row(i);
+                if (points) gradient.rows(begin, end, product);
+            });
+        });
+        if (!points || !p.dy) return;
+        team.for_each((it.m + kRowTile - 1) / kRowTile, [&](int64_t tile) {
+            const int64_t begin = tile * kRowTile;
+            gradient.columns(begin, begin + kRowTile < it.m ? begin + kRowTile : it.m, product);
+        });
+    }
+
+    // Gradients of weights, from those of their logarithms; zero where the weight is below the floor.
+    void write_weights(const TensorView& out, const TensorView& weights, const T* of_logarithm, int64_t count,
+                       int64_t total, T* scratch) const {
+        if (!out) return;
+        if (unroll) read_row(RowView(weights, problem), count, scratch);
+        for (int64_t i = 0; i < count; ++i)
+            scratch[i] = unroll && scratch[i] >= Exponent<T>::tiny ? of_logarithm[i] / scratch[i] : T(0);
+        write_row(RowView(out, problem), scratch, count, total);
+    }
+
+    T deps() const {
+        const auto& it = adjoint;
+        if (!unroll) return 0;
+        T through_plan = 0, through_c = 0, damping_x = 0, damping_y = 0;
+        for (int64_t i = 0; i < it.n; ++i) {
+            if (p.grad_transport_cost) through_plan += spent[i];
+            through_c += eps_rows[i];
+            damping_x += it.row_damping[i];
+        }
+        for (int64_t j = 0; j < it.m; ++j) damping_y += it.column_damping[j];
+        T sum = deps_of_potentials + (grad_cost * through_plan - through_c / it.eps);
+        // The derivative of rho / (rho + eps).
+        if (!it.balanced_x) sum -= damping_x * it.damp_x / (T(p.rho_x) + it.eps);
+        if (!it.balanced_y) sum -= damping_y * it.damp_y / (T(p.rho_y) + it.eps);
+        return sum;
+    }
+
+    void finish(const Team& team) {
+        auto& it = adjoint;
+        team.for_each(p.dx ? it.n : 0,
+                      [&](int64_t i) { write_row(RowView(p.dx, problem, i), dx + i * stride, features, features); });
+        team.for_each(p.dy ? it.m : 0,
+                      [&](int64_t j) { write_row(RowView(p.dy, problem, j), dy + j * stride, features, features); });
+        if (team.rank != 0) return;
+        write_padding(it.n, it.m);
+        write_weights(p.da, p.a, it.dlog_a, it.n, N, it.s);
+        write_weights(p.db, p.b, it.dlog_b, it.m, M, it.t);
+        if (p.deps) element<T>(p.deps, problem) = deps();
+    }
+
+    // On memory that `carve` was given; every thread of the team calls it on its own copy of this object.
+    void run(const Team& team) {
+        if (team.rank == 0) adjoint.start(p.a, p.b, steps);
+        team.barrier();
+        prepare(team);
+        find_potentials(team);
+        through_side(team, side_y());
+        through_side(team, side_x());
+        const Team iterating = adjoint.n * adjoint.m >= kShared ? team : team.alone();
+        if (iterating.size > 0) adjoint.run(iterating, steps);
+        team.barrier();
+        if (through_cost) through_costs(team);
+        finish(team);
+    }
+};
+
+template <typename T>
+void backward(const SinkhornHadamardBackward& p) {
+    const int64_t batch = p.x.size[0];
+    if (batch == 0) return;
+    bool out_of_memory = false;
+    // As in the forward: whole problems to threads where there are enough of them, else threads share each problem.
+    const int threads = p.num_threads;
+    const double iterations = p.f_history ? double(p.f_history.size[1]) : 0;
+    const double work = double(p.x.size[1]) * double(p.y.size[1]) * (2 * iterations + 4 * double(p.x.size[2]));
+    const bool tiny = work * double(batch) < 1e6;
+    const bool share = !tiny && threads > 1 && (batch < 2 * threads || work > 2e9);
+    if (share) {
+        for (int64_t index = 0; index < batch && !out_of_memory; ++index) {
+            BackwardProblem<T> problem(p, index);
+            const size_t bytes = problem.carve(nullptr, threads);
+            if (problem.empty()) {
+                problem.write_empty();
+                continue;
+            }
+            char* memory = thread_arena().reserve(bytes);
+            out_of_memory = memory == nullptr;
+            if (out_of_memory) break;
+            run_team(threads, [&](const Team& team) {
+                BackwardProblem<T> mine(p, index);
+                mine.carve(memory, threads);
+                mine.run(team);
+            });
+        }
+        thread_arena().trim();
+    } else {
+        const int used = tiny ? 1 : static_cast<int>(batch < threads ? batch : threads);
+#pragma omp parallel num_threads(used) if (used > 1)
+        {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t index = 0; index < batch; ++index) {
+                BackwardProblem<T> problem(p, index);
+                const size_t bytes = problem.carve(nullptr, 1);
+                if (problem.empty()) {
+                    problem.write_empty();
+                    continue;
+                }
+                char* memory = thread_arena().reserve(bytes);
+                if (!memory) {
+                    __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+                    continue;
+                }
+                problem.carve(memory, 1);
+                problem.run(Team{});
+            }
+            thread_arena().trim();
+        }
+    }
+    if (out_of_memory) throw std::runtime_error("sinkhorn_hadamard (cpu): out of memory for the kernel matrix");
+}
+
+}  // namespace
+
+void sinkhorn_hadamard_backward(const SinkhornHadamardBackward& params) {
+    if (params.x.dtype == DType::f64)
+        backward<double>(params);
+    else
+        backward<float>(params);
+}
+
+}  // namespace PARROT_ISA
+}  // namespace parrot
