@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .modules import Mamba, ParallelBranchFusion, SinkhornDivergence, SinkhornHadamard
+from .modules import BiMamba, Mamba, ParallelBranchFusion, SinkhornDivergence, SinkhornHadamard
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from .ops.selective_scan import selective_scan, selective_state_update
 from .ops.sinkhorn_divergence import sinkhorn_divergence
@@ -13,6 +13,7 @@ from .ops.sinkhorn_hadamard import SinkhornHadamardOutput, sinkhorn_hadamard
 from .ops.sinkhorn_transport import sinkhorn_plan, sinkhorn_transport
 
 __all__ = [
+    "BiMamba",
     "Mamba",
     "ParallelBranchFusion",
     "SinkhornDivergence",

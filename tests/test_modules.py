@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +159,124 @@ def test_mamba_says_what_is_wrong():
         Mamba(6, dt_init="zeros")
     with pytest.raises(RuntimeError, match="backend='cuda'"):
         Mamba(6, backend="cuda")(torch.zeros(2, 3, 6))
+
+
+# --- Mamba in pieces
+
+
+@dataclass
+class Generation:
+    """What mamba-ssm's models pass as inference_params."""
+
+    seqlen_offset: int = 0
+    key_value_memory_dict: dict = field(default_factory=dict)
+
+
+STEPPED = [
+    (8, {}),
+    (12, {"d_state": 24, "expand": 3, "bias": True}),
+    (5, {"d_state": 3, "d_conv": 2, "dt_rank": 4, "expand": 1.5}),
+    (6, {"d_conv": 1, "conv_bias": False}),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("d_model", "options"), STEPPED)
+def test_mamba_step_by_step_is_the_whole(d_model, options, batch):
+    block = Mamba(d_model, **options, dtype=torch.float64)
+    hidden = torch.randn(batch, 9, d_model, dtype=torch.float64)
+    states = block.allocate_inference_cache(batch, 9)
+    assert states[0].shape == (batch, block.d_inner, block.d_conv)
+    assert states[1].shape == (batch, block.d_inner, block.d_state)
+    assert not any(state.any() for state in states)
+    outputs = []
+    for t in range(9):
+        out, *got = block.step(hidden[:, t : t + 1], *states)
+        assert out.shape == (batch, 1, d_model)
+        assert all(new is old for new, old in zip(got, states, strict=True))  # updated in place
+        outputs.append(out)
+    assert_close(torch.cat(outputs, 1), block(hidden), "scan")
+    inputs = block.in_proj(hidden).chunk(2, dim=-1)[0].transpose(1, 2)
+    assert_close(states[0], inputs[..., -block.d_conv :], "scan", "as mamba-ssm keeps it, the newest last")
+
+
+@pytest.mark.parametrize("pieces", [[9], [1] * 9, [4, 1, 1, 3], [1, 8], [2, 0, 7]], ids=str)
+def test_mamba_prefill_and_generation_are_the_whole(pieces):
+    layers = [Mamba(6, layer_idx=i, dtype=torch.float64) for i in range(2)]
+    hidden = torch.randn(2, 9, 6, dtype=torch.float64)
+    generation, outputs = Generation(), []
+    for piece in hidden.split(pieces, dim=1):
+        outputs.append(layers[1](layers[0](piece, generation), inference_params=generation))
+        generation.seqlen_offset += piece.shape[1]
+    assert_close(torch.cat(outputs, 1), layers[1](layers[0](hidden)), "scan")
+    assert set(generation.key_value_memory_dict) == {0, 1}
+
+    generation.seqlen_offset = 0  # the next text starts afresh, in the same memory
+    states = [state for layer in generation.key_value_memory_dict.values() for state in layer]
+    again = layers[0](hidden[:, :5], inference_params=generation)
+    assert_close(again, layers[0](hidden[:, :5]), "scan")
+    held = [state for layer in generation.key_value_memory_dict.values() for state in layer]
+    assert all(now is before for now, before in zip(held, states, strict=True))
+
+
+def test_mamba_in_pieces_has_gradients_within_a_piece():
+    block = Mamba(6, dtype=torch.float64)
+    hidden = torch.randn(2, 7, 6, dtype=torch.float64)
+    states = block.allocate_inference_cache(2)
+    block.step(hidden[:, :3], *states)
+    out, *_ = block.step(hidden[:, 3:], *states)
+    out.square().sum().backward()  # the states were overwritten in the meantime
+    assert not any(state.requires_grad for state in states)
+    got = {name: weight.grad.clone() for name, weight in block.named_parameters()}
+
+    block.zero_grad()
+    with torch.no_grad():
+        before = [state.clone() for state in block.allocate_inference_cache(2)]
+        block.step(hidden[:, :3], *before)
+    x, z = block.in_proj(hidden[:, 3:]).transpose(1, 2).chunk(2, dim=1)
+    weight, bias = block.conv1d.weight, block.conv1d.bias
+    u = F.silu(F.conv1d(torch.cat([before[0][..., 1:], x], -1), weight, bias, groups=block.d_inner))
+    d, B, C = block.x_proj(u.transpose(1, 2)).split([block.dt_rank, block.d_state, block.d_state], dim=-1)
+    delta, h, rows = F.softplus(block.dt_proj(d)), before[1], []
+    for t in range(4):
+        dt = delta[:, t, :, None]
+        h = torch.exp(dt * -block.A_log.exp()) * h + dt * u[:, :, t, None] * B[:, t, None]
+        rows.append((h @ C[:, t, :, None])[..., 0] + block.D * u[..., t])
+    want = block.out_proj(torch.stack(rows, 1) * F.silu(z.transpose(1, 2)))
+    assert_close(out, want, "scan")
+    want.square().sum().backward()
+    for name, weight in block.named_parameters():
+        assert_close(got[name], weight.grad, "scan_grad", name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mamba_cache_in_half_precision(dtype):
+    block = Mamba(16, dtype=dtype)
+    conv_state, ssm_state = block.allocate_inference_cache(2, 9)
+    assert (conv_state.dtype, ssm_state.dtype) == (dtype, torch.float32)
+    hidden = torch.randn(2, 9, 16, dtype=dtype)
+    outputs = [block.step(hidden[:, t : t + 1], conv_state, ssm_state)[0] for t in range(9)]
+    assert_close(torch.cat(outputs, 1), block(hidden), "scan", scale=4)
+    assert {state.dtype for state in block.allocate_inference_cache(2, 9, dtype=torch.float32)} == {torch.float32}
+
+
+def test_mamba_takes_the_arguments_of_mamba_ssm_in_their_order():
+    theirs = "d_model d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias"
+    theirs = [*theirs.split(), "use_fast_path", "layer_idx", "device", "dtype"]
+    assert list(inspect.signature(Mamba).parameters)[: len(theirs)] == theirs
+
+
+def test_mamba_in_pieces_says_what_is_wrong():
+    block, hidden = Mamba(6, layer_idx=0), torch.zeros(2, 3, 6)
+    with pytest.raises(ValueError, match=r"`conv_state` must be of shape \(2, 12, 4\)"):
+        block.step(hidden, *block.allocate_inference_cache(3))
+    with pytest.raises(ValueError, match=r"`ssm_state` must be of shape \(2, 12, 16\)"):
+        block.step(hidden, torch.zeros(2, 12, 4), torch.zeros(2, 12, 8))
+    with pytest.raises(ValueError, match="`layer_idx` must be an int"):
+        Mamba(6)(hidden, Generation())
+    for option in ({"reverse": True}, {"lengths": torch.tensor([1, 2])}, {"seq_idx": torch.zeros(2, 3).int()}):
+        with pytest.raises(ValueError, match="`inference_params` must be None with `lengths`"):
+            block(hidden, Generation(), **option)
 
 
 # --- SinkhornHadamard

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import modules
+from .. import checks, modules
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -85,7 +87,15 @@ class RMSNorm(nn.Module):
 
 
 class Mamba(modules.Mamba):
-    """`parrot_kernels.modules.Mamba` behind the constructor and the forward of mamba-ssm's."""
+    """`parrot_kernels.modules.Mamba` behind the constructor and the forward of mamba-ssm's and of Vim's fork of it.
+
+    Args:
+        bimamba_type: "none", or "v2": the block is `parrot_kernels.modules.BiMamba`. Both directions run whatever
+            ``use_fast_path`` says (Vim's slow path leaves out the backward one).
+        if_divide_out: halve the sum of the two directions; by default not, as in Vim's constructor.
+        init_layer_scale: if given, the output is scaled by a parameter ``gamma`` (d_model,) of this first value.
+        if_devide_out: ``if_divide_out`` as SSAMBA and older Vim spell it; either of them suffices.
+    """
 
     def __init__(
         self,
@@ -105,7 +115,14 @@ class Mamba(modules.Mamba):
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bimamba_type: str = "none",
+        if_divide_out: bool = False,
+        init_layer_scale: float | None = None,
+        if_devide_out: bool = False,
     ) -> None:
+        checks.choice("Mamba", "bimamba_type", bimamba_type, ("none", "v2"))
+        if bimamba_type == "v2":
+            self.suffixes = modules.BiMamba.suffixes
         super().__init__(
             d_model,
             d_state,
@@ -119,19 +136,40 @@ class Mamba(modules.Mamba):
             dt_init_floor,
             conv_bias,
             bias,
-            device=device,
-            dtype=dtype,
+            use_fast_path,
+            layer_idx,
+            device,
+            dtype,
         )
-        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
+        self.bimamba_type, self.init_layer_scale = bimamba_type, init_layer_scale
+        self.if_divide_out = if_divide_out or if_devide_out
+        if init_layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((d_model,), init_layer_scale, device=device, dtype=dtype))
 
-    def forward(self, hidden_states: Tensor, inference_params: object | None = None) -> Tensor:
-        """(batch, seqlen, d_model) to the same; cached generation with ``inference_params`` is not supported."""
+    def forward(self, hidden_states: Tensor, inference_params: Any | None = None) -> Tensor:
+        """(batch, seqlen, d_model) to the same; ``inference_params`` as in `parrot_kernels.modules.Mamba`."""
+        if self.bimamba_type == "none":
+            return super().forward(hidden_states, inference_params)
         if inference_params is not None:
-            raise NotImplementedError(
-                "parrot_kernels' stand-in for mamba_ssm.Mamba runs whole sequences: `inference_params` must be None. "
-                "For cached generation use transformers with parrot_kernels.compat.transformers.enable()."
-            )
-        return super().forward(hidden_states)
+            raise _not_causal("inference_params")
+        return modules.BiMamba.forward(self, hidden_states)  # this class has its parameters
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `parrot_kernels.modules.Mamba`."""
+        if self.bimamba_type != "none":
+            raise _not_causal("step")
+        return super().step(hidden_states, conv_state, ssm_state)
+
+    def _project_out(self, y: Tensor) -> Tensor:
+        out = super()._project_out(y)
+        return out if self.init_layer_scale is None else out * self.gamma
+
+
+def _not_causal(name: str) -> Exception:
+    return NotImplementedError(
+        f"Mamba: `{name}` runs sequences in pieces, which a bidirectional block (bimamba_type='v2') can't: its outputs "
+        "depend on what follows. Pass whole sequences, without `inference_params`."
+    )
 
 
 class GenerationMixin:
