@@ -207,6 +207,42 @@ void bind_causal_conv1d(py::module_& m) {
         py::arg("bias"), py::arg("silu"), py::arg("reverse"), py::arg("lengths"), py::arg("seq_idx"),
         py::arg("initial_state"), py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dinitial_state"),
         py::arg("num_threads"));
+#ifdef PARROT_WITH_CUDA
+    m.def(
+        "causal_conv1d_forward_cuda",
+        [](TensorView x, TensorView weight, Optional bias, bool silu, bool reverse, Optional lengths, Optional seq_idx,
+           Optional initial_state, TensorView out, TensorView final_state, uintptr_t stream) {
+            CausalConv1dForward p;
+            p.x = x, p.weight = weight, p.bias = given(bias), p.lengths = given(lengths), p.seq_idx = given(seq_idx);
+            p.initial_state = given(initial_state), p.silu = silu, p.reverse = reverse;
+            p.out = out, p.final_state = final_state, p.stream = reinterpret_cast<void*>(stream);
+            const char* failure = cuda::causal_conv1d_forward(p);
+            if (failure) throw std::runtime_error(std::string("causal_conv1d (cuda): ") + failure);
+        },
+        py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("silu"), py::arg("reverse"),
+        py::arg("lengths"), py::arg("seq_idx"), py::arg("initial_state"), py::arg("out"), py::arg("final_state"),
+        py::arg("stream"));
+    m.def(
+        "causal_conv1d_backward_cuda",
+        [](Optional grad_out, Optional grad_final_state, TensorView x, TensorView weight, Optional bias, bool silu,
+           bool reverse, Optional lengths, Optional seq_idx, Optional initial_state, TensorView dx, TensorView dweight,
+           Optional dbias, Optional dinitial_state, TensorView workspace, uintptr_t stream) {
+            CausalConv1dBackward p;
+            p.x = x, p.weight = weight, p.bias = given(bias), p.lengths = given(lengths), p.seq_idx = given(seq_idx);
+            p.initial_state = given(initial_state), p.silu = silu, p.reverse = reverse;
+            p.grad_out = given(grad_out), p.grad_final_state = given(grad_final_state);
+            p.dx = dx, p.dweight = dweight, p.dbias = given(dbias), p.dinitial_state = given(dinitial_state);
+            p.workspace = workspace, p.stream = reinterpret_cast<void*>(stream);
+            const char* failure = cuda::causal_conv1d_backward(p);
+            if (failure) throw std::runtime_error(std::string("causal_conv1d (cuda): ") + failure);
+        },
+        py::kw_only(), py::arg("grad_out"), py::arg("grad_final_state"), py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("silu"), py::arg("reverse"), py::arg("lengths"), py::arg("seq_idx"),
+        py::arg("initial_state"), py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dinitial_state"),
+        py::arg("workspace"), py::arg("stream"));
+    m.def("causal_conv1d_workspace_cuda", &cuda::causal_conv1d_workspace, py::kw_only(), py::arg("x"),
+          py::arg("weight"));
+#endif
 }
 
 }  // namespace

@@ -85,3 +85,9 @@ def call_cuda(function: str, device: torch.device, **arguments: Any) -> None:
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         getattr(module, function)(**converted, stream=stream)
+
+
+def workspace_size(function: str, **arguments: Any) -> int:
+    """What a function of the extension that sizes a workspace answers."""
+    module = extension()
+    return getattr(module, function)(**{name: _convert(module, value) for name, value in arguments.items()})

@@ -1,11 +1,5 @@
-// The extension with its CUDA kernels emulated on the host and its CPU kernels left out.
+// The extension with its CUDA kernels, compiled against cuda_emulation.h, and its CPU kernels left out.
 #include "cuda_emulation.h"
-
-#include "selective_scan_forward.cu"
-#include "selective_scan_forward_bf16.cu"
-#include "selective_scan_forward_f16.cu"
-#include "selective_scan_forward_f32.cu"
-#include "selective_scan_forward_f64.cu"
 
 #define PARROT_WITH_CUDA
 #include "bindings.cpp"

@@ -84,8 +84,27 @@ __device__ __forceinline__ float softplus(float x) {
 }
 __device__ __forceinline__ double softplus(double x) { return x > 20.0 ? x : log1p(exp(x)); }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + exp2_fast(-x * static_cast<float>(kLog2e))); }
-__device__ __forceinline__ double silu(double x) { return x / (1.0 + exp(-x)); }
+__device__ __forceinline__ float sigmoid(float x) {
+    const float y = 1.0f + exp2_fast(-x * static_cast<float>(kLog2e));
+#ifdef __CUDA_ARCH__
+    float r;  // 1 ulp
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(y));
+    return r;
+#else
+    return 1.0f / y;
+#endif
+}
+__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+template <typename Real>
+__device__ __forceinline__ Real silu(Real x) {
+    return x * sigmoid(x);
+}
+template <typename Real>
+__device__ __forceinline__ Real silu_derivative(Real x) {
+    const Real s = sigmoid(x);
+    return s * (Real(1) + x * (Real(1) - s));
+}
 
 // A small operand whose elements are of the input type T or, `wide`, of the compute type.
 template <typename T>

@@ -164,9 +164,20 @@ def _cpu_backward(**arguments: Any) -> None:
     native.call_cpu("causal_conv1d_backward", **arguments)
 
 
+def _cuda_forward(**arguments: Any) -> None:
+    native.call_cuda("causal_conv1d_forward_cuda", arguments["x"].device, **arguments)
+
+
+def _cuda_backward(**arguments: Any) -> None:
+    x, weight = arguments["x"], arguments["weight"]
+    workspace = weight.new_empty(native.workspace_size("causal_conv1d_workspace_cuda", x=x, weight=weight))
+    native.call_cuda("causal_conv1d_backward_cuda", x.device, workspace=workspace, **arguments)
+
+
 KERNELS = {
     "torch": Kernels(reference.forward, reference.backward),
     "cpu": Kernels(_cpu_forward, _cpu_backward),
+    "cuda": Kernels(_cuda_forward, _cuda_backward),
 }
 
 
