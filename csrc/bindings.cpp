@@ -7,7 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <unordered_map>
 
 #include "cpu/dispatch.h"
 
@@ -17,19 +17,46 @@ using Optional = std::optional<TensorView>;
 
 namespace {
 
-TensorView make_view(uintptr_t address, int dtype, const std::vector<int64_t>& size,
-                     const std::vector<int64_t>& stride) {
-    if (size.size() > kMaxDims || size.size() != stride.size()) throw std::invalid_argument("TensorView: bad rank");
-    TensorView view;
-    view.data = reinterpret_cast<void*>(address);
-    view.dtype = static_cast<DType>(dtype);
-    view.ndim = static_cast<int>(size.size());
-    for (size_t i = 0; i < size.size(); ++i) {
-        view.size[i] = size[i];
-        view.stride[i] = stride[i];
+std::unordered_map<PyObject*, DType> dtypes;  // of torch, which has one object for each
+
+}  // namespace
+
+// A tensor of torch, by what Python code would read of it.
+template <>
+struct py::detail::type_caster<TensorView> {
+    PYBIND11_TYPE_CASTER(TensorView, const_name("torch.Tensor"));
+
+    bool load(handle tensor, bool) {
+        static PyObject* const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("data_ptr"),
+                                          PyUnicode_InternFromString("shape"), PyUnicode_InternFromString("stride")};
+        const auto dtype = checked(PyObject_GetAttr(tensor.ptr(), names[0]));
+        const auto found = dtypes.find(dtype.ptr());
+        if (found == dtypes.end()) return false;
+        const auto address = checked(PyObject_CallMethodNoArgs(tensor.ptr(), names[1]));
+        const auto shape = checked(PyObject_GetAttr(tensor.ptr(), names[2]));
+        const auto stride = checked(PyObject_CallMethodNoArgs(tensor.ptr(), names[3]));
+        const Py_ssize_t ndim = PyTuple_Check(shape.ptr()) ? PyTuple_GET_SIZE(shape.ptr()) : -1;
+        if (ndim < 0 || ndim > kMaxDims || !PyTuple_Check(stride.ptr()) || PyTuple_GET_SIZE(stride.ptr()) != ndim)
+            return false;
+        value.data = PyLong_AsVoidPtr(address.ptr());
+        value.dtype = found->second;
+        value.ndim = static_cast<int>(ndim);
+        for (Py_ssize_t i = 0; i < ndim; ++i) {
+            value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+            value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
+        }
+        if (PyErr_Occurred()) throw error_already_set();
+        return true;
     }
-    return view;
-}
+
+  private:
+    static object checked(PyObject* result) {
+        if (!result) throw error_already_set();
+        return reinterpret_steal<object>(result);
+    }
+};
+
+namespace {
 
 TensorView given(const Optional& view) { return view.value_or(TensorView{}); }
 
@@ -249,7 +276,7 @@ void bind_causal_conv1d(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of parrot_kernels; call them through parrot_kernels.ops.";
-    py::class_<TensorView>(m, "TensorView", py::module_local()).def(py::init(&make_view));
+    m.def("register_dtype", [](py::handle dtype, int code) { dtypes[dtype.ptr()] = static_cast<DType>(code); });
     m.attr("isa") = cpu::isa();
     bind_sinkhorn_hadamard(m);
     bind_selective_scan(m);

@@ -1,7 +1,7 @@
 """The compiled extension: loaded once, called with plain pointers.
 
-The extension knows nothing of torch. Tensors travel as (address, dtype code, sizes, strides), so one build
-serves every torch version. See ``csrc/bindings.cpp`` for the other side.
+The extension is built without torch: of a tensor it reads, as Python code would, the address, dtype, sizes and
+strides, so one build serves every torch version. See ``csrc/bindings.cpp`` for the other side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 DTYPE_CODES = {  # csrc/include/tensor_view.h
     torch.float32: 0,
@@ -31,7 +30,10 @@ DTYPE_CODES = {  # csrc/include/tensor_view.h
 def _load() -> tuple[ModuleType | None, str]:
     """The extension and an empty string, or None and why it can't be loaded."""
     try:  # torch is imported above, so that its OpenMP runtime is in the process before ours asks for one
-        return importlib.import_module("parrot_kernels._C"), ""
+        module = importlib.import_module("parrot_kernels._C")
+        for dtype, code in DTYPE_CODES.items():
+            module.register_dtype(dtype, code)
+        return module, ""
     except ModuleNotFoundError:
         reason = build_info().get("reason", "the package was installed without building it")
         return None, f"the compiled extension is absent: {reason}"
@@ -65,29 +67,19 @@ def extension() -> ModuleType:
     return module
 
 
-def _convert(module: ModuleType, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return module.TensorView(value.data_ptr(), DTYPE_CODES[value.dtype], value.shape, value.stride())
-    return value
-
-
 def call_cpu(function: str, **arguments: Any) -> None:
     """Run a CPU kernel of the extension on as many threads as torch uses."""
-    module = extension()
-    converted = {name: _convert(module, value) for name, value in arguments.items()}
-    getattr(module, function)(**converted, num_threads=torch.get_num_threads())
+    getattr(extension(), function)(**arguments, num_threads=torch.get_num_threads())
 
 
 def call_cuda(function: str, device: torch.device, **arguments: Any) -> None:
     """Launch a CUDA kernel of the extension on torch's current stream of ``device``."""
-    module = extension()
-    converted = {name: _convert(module, value) for name, value in arguments.items()}
+    launch = getattr(extension(), function)
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        getattr(module, function)(**converted, stream=stream)
+        launch(**arguments, stream=stream)
 
 
 def workspace_size(function: str, **arguments: Any) -> int:
     """What a function of the extension that sizes a workspace answers."""
-    module = extension()
-    return getattr(module, function)(**{name: _convert(module, value) for name, value in arguments.items()})
+    return getattr(extension(), function)(**arguments)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import backends, checks, native
 from ..reference import sinkhorn_hadamard as reference
+from . import eager
 
 OP = "sinkhorn_hadamard"
 COSTS = ("euclidean", "sqeuclidean", "cosine")
@@ -359,12 +360,7 @@ _INPUTS = (
 _OPTIONS = "str cost, str gradient, str? backend, float[] numbers"
 
 
-@torch.library.custom_op(
-    "parrot_kernels::sinkhorn_hadamard_forward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(_Forward._fields))})",
-)
-def _forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
+def _compute_forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
     _check_values(x, y, a, b, x_lengths, y_lengths, eps)
     kernels, options = _kernels(x, y, backend), _Numbers.unpack(numbers)
     out = _allocate(x, y, eps, gradient, options)
@@ -393,6 +389,14 @@ def _forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient,
     return tuple(out)
 
 
+_forward = torch.library.custom_op(
+    "parrot_kernels::sinkhorn_hadamard_forward",
+    _compute_forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(_Forward._fields))})",
+)
+
+
 @_forward.register_fake
 def _(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
     return tuple(_allocate(x, y, eps, gradient, _Numbers.unpack(numbers)))
@@ -407,12 +411,7 @@ def _allocate_gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool])
     ]
 
 
-@torch.library.custom_op(
-    "parrot_kernels::sinkhorn_hadamard_backward",
-    mutates_args=(),
-    schema=f"(Tensor?[] gradients, {_INPUTS}, Tensor[] saved, {_OPTIONS}, bool[] needed) -> Tensor[]",
-)
-def _backward(
+def _compute_backward(
     gradients, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, saved, cost, gradient, backend, numbers, needed
 ):
     results = _allocate_gradients((x, y, a, b, cost_matrix, eps), needed)
@@ -451,6 +450,14 @@ def _backward(
     return results
 
 
+_backward = torch.library.custom_op(
+    "parrot_kernels::sinkhorn_hadamard_backward",
+    _compute_backward,
+    mutates_args=(),
+    schema=f"(Tensor?[] gradients, {_INPUTS}, Tensor[] saved, {_OPTIONS}, bool[] needed) -> Tensor[]",
+)
+
+
 @_backward.register_fake
 def _(gradients, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, saved, cost, gradient, backend, numbers, needed):
     return _allocate_gradients((x, y, a, b, cost_matrix, eps), needed)
@@ -477,7 +484,11 @@ def _autograd(ctx, *gradients):
         a = b = eps = False
     needed = [x, y, a, b, cost_matrix, eps]
     inputs, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-    results = _backward(list(gradients[: len(DIFFERENTIABLE)]), *inputs, list(saved), *ctx.options, needed)
+    gradients = gradients[: len(DIFFERENTIABLE)]
+    # The op itself where the gradients are differentiated, which it refuses.
+    once = not torch.is_grad_enabled() and eager.is_plain((*gradients, *inputs))
+    run = _compute_backward if once else _backward
+    results = run(list(gradients), *inputs, list(saved), *ctx.options, needed)
     x, y, a, b, cost_matrix, eps = (t if need else None for t, need in zip(results, needed, strict=True))
     return x, y, a, b, None, None, cost_matrix, eps, None, None, None, None
 
@@ -489,11 +500,17 @@ def _no_double_backward(ctx, *_):
     )
 
 
+_differentiable_forward = eager.differentiable(_compute_forward, _setup_context, _autograd)
+
+
 def _call(*arguments: Any) -> _Forward:
     """The forward op, told whether a backward may follow; only outside vmap do tensors show that."""
     *inputs, cost, gradient, backend, numbers = arguments
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _Forward._make(_forward(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)]))
+    run = _forward
+    if eager.is_plain(inputs):
+        run = _differentiable_forward if keep else _compute_forward
+    return _Forward._make(run(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)]))
 
 
 def _vmap(info, in_dims, *arguments):
