@@ -29,7 +29,11 @@ IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
         "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
     },
     "selective_scan": {"cpu": frozenset(checks.FLOATS), "cuda": frozenset(checks.FLOATS)},
-    "causal_conv1d": {"cpu": frozenset(checks.FLOATS), "cuda": frozenset(checks.FLOATS)},
+    "causal_conv1d": {
+        "cpu": frozenset(checks.FLOATS),
+        "cuda": frozenset(checks.FLOATS),
+        "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
+    },
 }
 
 

@@ -174,10 +174,23 @@ def _cuda_backward(**arguments: Any) -> None:
     native.call_cuda("causal_conv1d_backward_cuda", x.device, workspace=workspace, **arguments)
 
 
+def _triton_forward(**arguments: Any) -> None:
+    from ..triton_kernels import causal_conv1d as kernels  # imports triton, which may be absent
+
+    kernels.forward(**arguments)
+
+
+def _triton_backward(**arguments: Any) -> None:
+    from ..triton_kernels import causal_conv1d as kernels
+
+    kernels.backward(**arguments)
+
+
 KERNELS = {
     "torch": Kernels(reference.forward, reference.backward),
     "cpu": Kernels(_cpu_forward, _cpu_backward),
     "cuda": Kernels(_cuda_forward, _cuda_backward),
+    "triton": Kernels(_triton_forward, _triton_backward),
 }
 
 
