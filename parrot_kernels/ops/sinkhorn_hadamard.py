@@ -261,9 +261,11 @@ def _in_full_precision(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _triton_forward(**arguments: Any) -> None:
-    from ..triton_kernels import sinkhorn_hadamard as kernels  # imports triton, which may be absent
+    from ..triton_kernels import sinkhorn_hadamard, sinkhorn_streaming  # import triton, which may be absent
 
-    kernels.forward(**arguments)
+    (_, n, _), m = arguments["x"].shape, arguments["y"].shape[1]
+    resident = sinkhorn_hadamard.why_not(n, m) is None
+    (sinkhorn_hadamard if resident else sinkhorn_streaming).forward(**arguments)
 
 
 _reference_backward = _in_full_precision(reference.backward)
@@ -283,14 +285,8 @@ KERNELS = {  # a backend that has no backward of its own yet borrows the referen
 }
 
 
-def _kernels(x: Tensor, y: Tensor, backend: str | None) -> Kernels:
-    device, unsupported = x.device.type, None
-    if (device == "cuda" or backend == "triton") and backends.why_not(OP, "triton", device, x.dtype) is None:
-        from ..triton_kernels import sinkhorn_hadamard as kernels
-
-        if (why := kernels.why_not(x.shape[1], y.shape[1])) is not None:
-            unsupported = {"triton": why}
-    return KERNELS[backends.select(OP, device, x.dtype, backend, unsupported)]
+def _kernels(x: Tensor, backend: str | None) -> Kernels:
+    return KERNELS[backends.select(OP, x.device.type, x.dtype, backend)]
 
 
 class _Forward(NamedTuple):
@@ -362,7 +358,7 @@ _OPTIONS = "str cost, str gradient, str? backend, float[] numbers"
 
 def _compute_forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
     _check_values(x, y, a, b, x_lengths, y_lengths, eps)
-    kernels, options = _kernels(x, y, backend), _Numbers.unpack(numbers)
+    kernels, options = _kernels(x, backend), _Numbers.unpack(numbers)
     out = _allocate(x, y, eps, gradient, options)
     if x.shape[0] * x.shape[1] * y.shape[1] == 0:
         for tensor in out:
@@ -420,7 +416,7 @@ def _compute_backward(
     options = _Numbers.unpack(numbers)
     dx, dy, da, db, dcost_matrix, deps = (t if need else None for t, need in zip(results, needed, strict=True))
     f, g, scale, iterations, f_history, g_history = (t if t.numel() else None for t in saved)
-    _kernels(x, y, backend).backward(
+    _kernels(x, backend).backward(
         x=x,
         y=y,
         a=a,

@@ -1,0 +1,573 @@
+"""What the streaming kernels of Sinkhorn-Hadamard share: cost tiles, log-sum-exps over them, and the workspace.
+
+Symmetry. Rows and columns play the same part, so a kernel sees one side as its `own`, whose points its programs share
+out in blocks, and loops over the `other` side. The step of the columns is the step of the rows with the sides swapped.
+
+Cost tiles are recomputed by matrix products wherever they are needed. |x|^2 + |y|^2 - 2 x.y cancels for points that
+are near each other, compared to their distance from the origin. So points are first moved to have the first x for an
+origin, and what is near even then (`NEAR`) is computed once more from differences, entry by entry: an entry has the
+same value in every kernel, whatever the tiling. For cosines the points are first brought to length one.
+
+Units. As in the resident kernel potentials and costs are in units of eps ln 2, so that exponentials are bare powers
+of two. Log-weights and potentials read -infinity in the padding, which makes every power there exactly 0. What the
+padding of the inputs holds is never read.
+
+Order. Others are taken in chunks of fixed length, each by a program of its own; the chunks' results are combined in
+their order. Neither the tiles nor the chunks depend on the batch or on how far a problem is padded, and there are
+no atomics: results are the same bit for bit, run to run and in any batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .specialization import Specialization, launch_options
+
+COSTS = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "matrix": 3}
+EUCLIDEAN: tl.constexpr = tl.constexpr(0)
+COSINE: tl.constexpr = tl.constexpr(2)
+MATRIX: tl.constexpr = tl.constexpr(3)
+TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
+LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+NEAR: tl.constexpr = tl.constexpr(1 / 256)  # squared distances below this part of |x|^2 + |y|^2 are near
+PRECISION: tl.constexpr = tl.constexpr("ieee")
+
+MAX_REGISTERS = 255  # all that a thread can have
+
+# Sizes of problems, for which no kernel is compiled anew.
+SIZES = ["size", "own_size", "other_size", "centre_size", "own_stride", "other_stride", "D", "blocks", "chunks"]
+SIZES += ["depths", "n_iters", "step", "steps", "N", "M"]
+
+
+class Tiles(NamedTuple):
+    """Sizes of the tiles, powers of two; at least 16 where they enter a product."""
+
+    own: int = 64  # points of the own side in one program
+    other: int = 32  # points of the other side in one step
+    depth: int = 16  # features in one step of a product over them
+    features: int = 64  # features of a program that writes points
+    chunk: int = 1024  # others of one program where results can be combined, a multiple of `other`
+    vector: int = 256  # points in one step of an elementwise kernel
+    num_warps: int = 4
+    point_warps: int = 8  # of a program that writes points
+
+
+@triton.jit
+def locate(blocks, BLOCK: tl.constexpr):
+    """(problem, first point) of this program; 64 bits."""
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), (program % blocks).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def differences_tile(own_points, other_points, valid_i, valid_j, D, OWN: tl.constexpr, OTHER: tl.constexpr):
+    """(OWN, OTHER) squared distances, one feature at a time; pointers at the tile's first points."""
+    i = tl.arange(0, OWN) * D
+    j = tl.arange(0, OTHER) * D
+    tile = tl.zeros((OWN, OTHER), tl.float32)
+    for d in tl.range(D, num_stages=1):
+        own = tl.load(own_points + (i + d), mask=valid_i, other=0.0).to(tl.float32)
+        other = tl.load(other_points + (j + d), mask=valid_j, other=0.0).to(tl.float32)
+        difference = own[:, None] - other[None, :]
+        tile += difference * difference
+    return tile
+
+
+@triton.jit
+def product_tile(own, other, own_left, other_left, depths, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr):
+    """(OWN, OTHER) inner products of rows of depths * DEPTH features; pointers at the tile's first rows.
+
+    In place of rows past the last valid one that one is read again, which takes no masks.
+    """
+    d = tl.arange(0, DEPTH)
+    i = tl.minimum(tl.arange(0, OWN), own_left - 1).to(tl.int32)
+    j = tl.minimum(tl.arange(0, OTHER), other_left - 1).to(tl.int32)
+    left = own + (i[:, None] * (depths * DEPTH) + d[None, :])
+    right = other + (j[None, :] * (depths * DEPTH) + d[:, None])
+    tile = tl.zeros((OWN, OTHER), tl.float32)
+    for k in range(depths):
+        tile = tl.dot(tl.load(left + k * DEPTH), tl.load(right + k * DEPTH), tile, input_precision=PRECISION)
+    return tile
+
+
+@triton.jit
+def is_near(squares, own_norms, other_norms):
+    return squares < (own_norms[:, None] + other_norms[None, :]) * NEAR
+
+
+@triton.jit
+def cost_tile(
+    own_points,  # (B, own_size, D)
+    other_points,  # (B, other_size, D)
+    own_rows,  # (B, own_size, depths * DEPTH), see `_prepare`
+    other_rows,
+    own_norms,  # (B, own_size)
+    other_norms,
+    cost_matrix,
+    own_size,
+    other_size,
+    own_stride,  # of cost_matrix
+    other_stride,
+    D,
+    depths,
+    problem,
+    start,  # the tile's first own point
+    at,  # the tile's first other point
+    own_left,  # valid points from there on
+    other_left,
+    COST: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """(OWN, OTHER) unscaled costs, finite in the padding."""
+    i = tl.arange(0, OWN)
+    j = tl.arange(0, OTHER)
+    valid_i = i < own_left
+    valid_j = j < other_left
+    own_first = problem * own_size + start
+    other_first = problem * other_size + at
+    if COST == MATRIX:
+        cost_matrix += problem * own_size * other_size + start * own_stride + at * other_stride
+        offsets = i.to(tl.int64)[:, None] * own_stride + j.to(tl.int64)[None, :] * other_stride
+        tile = tl.load(cost_matrix + offsets, mask=valid_i[:, None] & valid_j[None, :], other=0.0).to(tl.float32)
+    else:
+        own_rows += own_first * (depths * DEPTH)
+        other_rows += other_first * (depths * DEPTH)
+        tile = product_tile(own_rows, other_rows, own_left, other_left, depths, OWN, OTHER, DEPTH)
+        if COST == COSINE:
+            tile = 1.0 - tile
+        else:
+            own_norm = tl.load(own_norms + own_first + i, mask=valid_i, other=0.0)
+            other_norm = tl.load(other_norms + other_first + j, mask=valid_j, other=0.0)
+            tile = (own_norm[:, None] + other_norm[None, :]) - 2.0 * tile
+            near = is_near(tile, own_norm, other_norm)
+            if tl.max(tl.max(tl.where(near, 1.0, 0.0), 1), 0) > 0.0:
+                own_points += own_first * D
+                other_points += other_first * D
+                exact = differences_tile(own_points, other_points, valid_i, valid_j, D, OWN, OTHER)
+                tile = tl.where(near, exact, tile)
+            if COST == EUCLIDEAN:
+                tile = tl.sqrt(tile)
+    return tile
+
+
+@triton.jit
+def combine(partial, size, chunks, valid):
+    """log2 of the sum over the chunks of 2^partial, for the points at which ``partial`` stands."""
+    largest = tl.load(partial, mask=valid, other=0.0)
+    total = tl.zeros_like(largest)
+    at = partial
+    for _ in range(1, chunks):
+        at += size
+        largest = tl.maximum(largest, tl.load(at, mask=valid, other=0.0))
+    at = partial
+    for _ in range(chunks):
+        total += tl.exp2(tl.load(at, mask=valid, other=0.0) - largest)
+        at += size
+    return largest + tl.log2(total)
+
+
+@triton.jit
+def add_chunks(partial, size, chunks, valid):
+    """The sum over the chunks, in their order."""
+    total = tl.load(partial, mask=valid, other=0.0)
+    for _ in range(1, chunks):
+        partial += size
+        total += tl.load(partial, mask=valid, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _prepare(
+    points,  # (B, size, D)
+    weights,  # (B, size) or None
+    lengths,  # (B,) or None
+    other_lengths,  # (B,) or None
+    centres,  # (B, centre_size, D); the first of each problem is its origin
+    rows,  # (B, size, depths * DEPTH): the points moved, or of length one; zero features at the end
+    norms,  # (B, size) or None: their squared lengths; for cosines, the lengths of the points
+    log_weights,  # (B, size)
+    potential,  # (B, size): 0
+    counts,  # (B,): valid points, 0 if either side has none
+    size,
+    other_size,
+    centre_size,
+    D,
+    depths,
+    blocks,
+    COST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    problem, start = locate(blocks, BLOCK)
+    count = size
+    other_count = other_size
+    if lengths is not None:
+        count = tl.minimum(tl.load(lengths + problem), size)
+    if other_lengths is not None:
+        other_count = tl.minimum(tl.load(other_lengths + problem), other_size)
+    count = tl.where((count <= 0) | (other_count <= 0), 0, count)
+    tl.store(counts + problem, count)  # every program of the problem the same
+    i = tl.arange(0, BLOCK)
+    valid = start + i < count
+    at = problem * size + start
+    if weights is None:
+        log_weight = tl.zeros((BLOCK,), tl.float32) - tl.log2(tl.maximum(count, 1).to(tl.float32))
+    else:
+        log_weight = tl.log2(tl.maximum(tl.load(weights + at + i, mask=valid, other=1.0).to(tl.float32), TINY))
+    tl.store(log_weights + at + i, log_weight, mask=valid)
+    tl.store(potential + at + i, tl.zeros_like(log_weight), mask=valid)
+    if COST != MATRIX:
+        points += at * D
+        rows += at * (depths * DEPTH)
+        centres += problem * centre_size * D
+        centred = tl.where(count > 0, D, 0)
+        square = tl.zeros((BLOCK,), tl.float32)
+        for k in range(depths):
+            d = k * DEPTH + tl.arange(0, DEPTH)
+            mask = valid[:, None] & (d < D)[None, :]
+            row = tl.load(points + (i[:, None] * D + d[None, :]), mask=mask, other=0.0).to(tl.float32)
+            if COST != COSINE:
+                centre = tl.load(centres + d, mask=d < centred, other=0.0).to(tl.float32)
+                row = tl.where(mask, row - centre[None, :], 0.0)
+                tl.store(rows + (i[:, None] * (depths * DEPTH) + d[None, :]), row, mask=valid[:, None])
+            square += tl.sum(row * row, 1)
+        if COST == COSINE:
+            square = tl.sqrt(square)
+            inverse = tl.where(square == 0.0, 0.0, 1.0 / square)
+            for k in range(depths):
+                d = k * DEPTH + tl.arange(0, DEPTH)
+                mask = valid[:, None] & (d < D)[None, :]
+                row = tl.load(points + (i[:, None] * D + d[None, :]), mask=mask, other=0.0).to(tl.float32)
+                tl.store(
+                    rows + (i[:, None] * (depths * DEPTH) + d[None, :]), row * inverse[:, None], mask=valid[:, None]
+                )
+        tl.store(norms + at + i, square, mask=valid)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _reduce_costs(
+    own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
+    own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
+    factors,  # (B,), from unscaled costs to units of eps ln 2; None for the largest cost
+    running,  # (B,) or None: what does not run is left as it is
+    potential,  # (B, other_size)
+    partial,  # (B, chunks, own_size)
+    COST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """log2 sum_j 2^(potential_j - c_ij) over each chunk of others; without ``factors`` the largest unscaled cost."""
+    problem, start = locate(blocks, OWN)
+    own_left = tl.load(own_counts + problem) - start
+    others = tl.load(other_counts + problem)
+    first = tl.program_id(1) * CHUNK
+    active = (own_left > 0) & (first < others)
+    if running is not None:
+        active = active & (tl.load(running + problem) != 0)
+    if active:
+        i = tl.arange(0, OWN)
+        j = tl.arange(0, OTHER)
+        factor = 1.0
+        if factors is not None:
+            factor = tl.load(factors + problem)
+        largest = tl.full((OWN,), float("-inf"), tl.float32)
+        total = tl.zeros((OWN,), tl.float32)
+        for step in range(first, tl.minimum(first + CHUNK, others), OTHER):
+            at = problem * 0 + step  # 64 bits
+            c = cost_tile(
+                own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix,
+                own_size, other_size, own_stride, other_stride, D, depths,
+                problem, start, at, own_left, others - at, COST, OWN, OTHER, DEPTH,
+            )  # fmt: skip
+            valid_j = j < others - at
+            if factors is None:
+                c = tl.where((i < own_left)[:, None] & valid_j[None, :], c, 0.0)
+                largest = tl.maximum(largest, tl.max(c, 1))
+            else:
+                other = tl.load(potential + problem * other_size + at + j, mask=valid_j, other=float("-inf"))
+                shifted = other[None, :] - c * factor
+                above = tl.maximum(largest, tl.max(shifted, 1))
+                total = total * tl.exp2(largest - above) + tl.sum(tl.exp2(shifted - above[:, None]), 1)
+                largest = above
+        if factors is not None:
+            largest += tl.log2(total)
+        partial += (problem * chunks + tl.program_id(1)) * own_size + start
+        tl.store(partial + i, largest, mask=i < own_left)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _update(
+    partial,  # (B, chunks, size)
+    counts,
+    other_counts,
+    log_weights,
+    eps,  # (B,)
+    running,  # (B,)
+    potential,  # (B, size)
+    shift,  # (B, size): potential - log weight, where the weight cancels
+    history,  # (B, n_iters, size) or None: the potentials after each iteration, in units of C
+    size,
+    blocks,
+    chunks,
+    n_iters,
+    step,
+    inverse_rho,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """potential_i = log2 weight_i - damping lse_i."""
+    problem, start = locate(blocks, BLOCK)
+    if tl.load(running + problem) != 0:
+        count = tl.load(counts + problem)
+        epsilon = tl.load(eps + problem)
+        i = start + tl.arange(0, BLOCK)
+        valid = i < count
+        used = tl.cdiv(tl.load(other_counts + problem), CHUNK)
+        lse = combine(partial + problem * chunks * size + i, size, used, valid)
+        change = -lse / (1.0 + epsilon * inverse_rho)
+        value = tl.load(log_weights + problem * size + i, mask=valid, other=0.0) + change
+        tl.store(potential + problem * size + i, value, mask=valid)
+        tl.store(shift + problem * size + i, change, mask=valid)
+        if history is not None:
+            value = tl.where(valid, value * (epsilon * LN2), 0.0)
+            tl.store(history + (problem * n_iters + step) * size + i, value, mask=i < size)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _project(
+    own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
+    own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
+    factors,
+    own_potential,  # (B, own_size)
+    other_potential,  # (B, other_size)
+    values,  # (B, other_size, D)
+    projected,  # (B, own_size, D)
+    hadamard,  # (B, own_size, D) or None: own_points * projected
+    COST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """projected_i = sum_j 2^(own_potential_i - c_ij + other_potential_j) values_j."""
+    problem, start = locate(blocks, OWN)
+    own_left = tl.load(own_counts + problem) - start
+    others = tl.where(own_left > 0, tl.load(other_counts + problem), 0)
+    factor = tl.load(factors + problem)
+    i = tl.arange(0, OWN)
+    j = tl.arange(0, OTHER)
+    d = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    own = problem * own_size + start
+    own_exponent = tl.load(own_potential + own + i, mask=i < own_left, other=float("-inf"))
+    total = tl.zeros((OWN, FEATURES), tl.float32)
+    for step in tl.range(0, others, OTHER, num_stages=1):  # prefetching would spill
+        at = problem * 0 + step
+        c = cost_tile(
+            own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix,
+            own_size, other_size, own_stride, other_stride, D, depths,
+            problem, start, at, own_left, others - at, COST, OWN, OTHER, DEPTH,
+        )  # fmt: skip
+        valid_j = j < others - at
+        other = problem * other_size + at
+        other_exponent = tl.load(other_potential + other + j, mask=valid_j, other=float("-inf"))
+        weight = tl.exp2((own_exponent[:, None] - c * factor) + other_exponent[None, :])
+        mask = valid_j[:, None] & (d < D)[None, :]
+        value = tl.load(values + other * D + (j[:, None] * D + d[None, :]), mask=mask, other=0.0).to(tl.float32)
+        total = tl.dot(weight, value, total, input_precision=PRECISION)
+    offsets = own * D + (i[:, None] * D + d[None, :])
+    mask = (i < own_size - start)[:, None] & (d < D)[None, :]
+    tl.store(projected + offsets, total, mask=mask)
+    if hadamard is not None:
+        inside = (i < own_left)[:, None] & (d < D)[None, :]
+        tl.store(hadamard + offsets, tl.load(own_points + offsets, mask=inside, other=0.0) * total, mask=mask)
+
+
+@dataclass
+class Side:
+    """The points of one side and what is kept for each of them."""
+
+    points: Tensor  # (B, size, D)
+    log_weights: Tensor  # (B, size), as the following two
+    potential: Tensor
+    shift: Tensor
+    rows: Tensor  # (B, size, padded features)
+    norms: Tensor  # (B, size)
+    counts: Tensor  # (B,)
+    partial: Tensor  # (B, chunks of the other side, size)
+    stride: int  # of its points in cost_matrix
+    inverse_rho: float
+
+    @property
+    def size(self) -> int:
+        return self.points.shape[1]
+
+    @property
+    def chunks(self) -> int:
+        return self.partial.shape[1]
+
+
+class Workspace:
+    """The two sides of a batch of problems, prepared, and the launches that forward and backward share."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        x_lengths: Tensor | None,
+        y_lengths: Tensor | None,
+        cost_matrix: Tensor | None,
+        eps: Tensor,
+        cost: str,
+        rho_x: float | None,
+        rho_y: float | None,
+        tiles: Tiles,
+    ) -> None:
+        x, y, a, b, x_lengths, y_lengths, cost_matrix, eps = (
+            t if t is None else t.contiguous() for t in (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
+        )
+        self.tiles, self.cost, self.eps, self.D = tiles, COSTS[cost], eps, x.shape[2]
+        self.cost_matrix = eps if cost_matrix is None else cost_matrix  # a pointer that is not read
+        self.depths = triton.cdiv(self.D, tiles.depth)
+        self.factors = torch.empty_like(eps)
+        self.x = self._side(x, y.shape[1], y.shape[1], rho_x)
+        self.y = self._side(y, x.shape[1], 1, rho_y)
+        self._prepare(self.x, a, x_lengths, y_lengths, self.y.size)
+        self._prepare(self.y, b, y_lengths, x_lengths, self.x.size)
+
+    def _side(self, points: Tensor, others: int, stride: int, rho: float | None) -> Side:
+        batch, size, _ = points.shape
+        log_weights, potential, shift, norms = self.eps.new_empty(4, batch, size)
+        rows = self.eps.new_empty(batch, size, self.depths * self.tiles.depth) if self.cost != MATRIX.value else points
+        partial = self.eps.new_empty(batch, triton.cdiv(others, self.tiles.chunk), size)
+        counts = torch.empty_like(self.eps, dtype=torch.int32)
+        inverse_rho = 0.0 if rho is None else 1.0 / rho
+        return Side(points, log_weights, potential, shift, rows, norms, counts, partial, stride, inverse_rho)
+
+    def _prepare(self, side: Side, weights: Tensor | None, lengths: Tensor | None, other_lengths, others: int) -> None:
+        kernel, blocks = self.by_blocks(_prepare, side, self.tiles.own)
+        kernel(
+            side.points, weights, lengths, other_lengths, self.x.points, side.rows, side.norms, side.log_weights,
+            side.potential, side.counts, side.size, others, self.x.size, self.D, self.depths, blocks,
+            COST=self.cost, BLOCK=self.tiles.own, DEPTH=self.tiles.depth, **self.options,
+        )  # fmt: skip
+
+    def launch_options(self, num_warps: int) -> dict[str, Any]:
+        return launch_options(num_warps, MAX_REGISTERS, amd=torch.version.hip is not None)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.launch_options(self.tiles.num_warps)
+
+    def by_blocks(self, kernel: Any, side: Side, block: int, *others: int) -> tuple[Any, int]:
+        """The kernel on the grid of (problems x blocks of the side's points, ...), and the blocks of one problem."""
+        blocks = triton.cdiv(side.size, block)
+        return kernel[(len(self.eps) * blocks, *others)], blocks
+
+    def geometry(self, own: Side, other: Side, blocks: int) -> tuple[Any, ...]:
+        """The first arguments of every kernel that goes over cost tiles."""
+        return (
+            *(own.points, other.points, own.rows, other.rows, own.norms, other.norms, self.cost_matrix),
+            *(own.counts, other.counts, own.size, other.size, own.stride, other.stride),
+            *(self.D, self.depths, blocks, own.chunks),
+        )
+
+    def sides(self) -> tuple[tuple[Side, Side], tuple[Side, Side]]:
+        return (self.x, self.y), (self.y, self.x)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The tile of the kernels that go over cost tiles."""
+        return {"COST": self.cost, "OWN": self.tiles.own, "OTHER": self.tiles.other, "DEPTH": self.tiles.depth}
+
+    def reduce(self, own: Side, other: Side, running: Tensor | None, factors: Tensor | None) -> None:
+        """Into own.partial the log-sum-exps over the others; without factors the largest costs."""
+        kernel, blocks = self.by_blocks(_reduce_costs, own, self.tiles.own, own.chunks)
+        geometry = self.geometry(own, other, blocks)
+        kernel(
+            *geometry, factors, running, other.potential, own.partial,
+            **self.shape, CHUNK=self.tiles.chunk, **self.options,
+        )  # fmt: skip
+
+    def update(self, own: Side, other: Side, running: Tensor, history: Tensor | None = None, step: int = 0) -> None:
+        """The potentials of one side from own.partial."""
+        kernel, blocks = self.by_blocks(_update, own, self.tiles.vector)
+        kernel(
+            own.partial, own.counts, other.counts, own.log_weights, self.eps, running, own.potential, own.shift,
+            history, own.size, blocks, own.chunks, 0 if history is None else history.shape[1], step, own.inverse_rho,
+            BLOCK=self.tiles.vector, CHUNK=self.tiles.chunk, **self.options,
+        )  # fmt: skip
+
+    def project(self, own: Side, other: Side, own_exponent, other_exponent, values, projected, hadamard=None) -> None:
+        """projected_i = sum_j 2^(own_exponent_i - c_ij + other_exponent_j) values_j."""
+        features = self.tiles.features
+        kernel, blocks = self.by_blocks(_project, own, self.tiles.own, triton.cdiv(self.D, features))
+        geometry = self.geometry(own, other, blocks)
+        kernel(
+            *geometry, self.factors, own_exponent, other_exponent, values, projected, hadamard,
+            **self.shape, FEATURES=features, **self.launch_options(self.tiles.point_warps),
+        )  # fmt: skip
+
+
+def compiled(
+    kernel: Any,
+    tile: str,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    tiles: Tiles,
+    quick: bool = False,
+) -> Specialization:
+    """How a launch compiles a kernel: ``types`` by argument name, sizes int32 where it does not tell."""
+    sizes = dict.fromkeys(SIZES, "i32")
+    types = {n: (sizes | dict(types))[n] for n in kernel.arg_names if n not in constants}
+    num_warps = tiles.point_warps if "FEATURES" in constants else tiles.num_warps
+    return Specialization(kernel, tile, types, constants, num_warps, MAX_REGISTERS, quick)
+
+
+def over_tiles(kernel: Any, types: Mapping[str, str], label: str = "", **constants: Any) -> Iterator[Specialization]:
+    """A kernel that goes over cost tiles: for every cost in fp32, for euclidean ones in half precision too."""
+    tiles = Tiles()
+    shape = {"OWN": tiles.own, "OTHER": tiles.other, "DEPTH": tiles.depth}
+    shape |= {
+        name: value
+        for name, value in (("CHUNK", tiles.chunk), ("FEATURES", tiles.features))
+        if name in kernel.arg_names
+    }
+    for cost, dtype in itertools.product(COSTS, ("fp32", "fp16", "bf16")):
+        if dtype == "fp32" or cost == "euclidean":
+            floats = dict.fromkeys(("own_rows", "other_rows", "own_norms", "other_norms", "cost_matrix"), "*fp32")
+            counts = dict.fromkeys(("own_counts", "other_counts", "running"), "*i32")
+            points = dict.fromkeys(("own_points", "other_points"), f"*{dtype}")
+            yield compiled(
+                kernel,
+                f"{tiles.own}x{tiles.other} {dtype} {cost}{label}",
+                floats | counts | points | {n: t.replace("input", dtype) for n, t in types.items()},
+                {"COST": COSTS[cost], **shape, **constants},
+                tiles,
+                quick=(dtype, cost) == ("fp32", "euclidean"),
+            )
+
+
+def specializations() -> Iterator[Specialization]:
+    """What the launchers can ask for, with every optional argument."""
+    tiles = Tiles()
+    vectors = dict.fromkeys(
+        ("weights", "rows", "norms", "log_weights", "potential", "partial", "eps", "shift", "history", "factors",
+         "own_potential", "other_potential"), "*fp32",
+    )  # fmt: skip
+    integers = dict.fromkeys(("lengths", "other_lengths", "counts", "other_counts", "running"), "*i32")
+    types = {**vectors, **integers, "inverse_rho": "fp32"}
+    for cost, dtype in (("euclidean", "fp32"), ("euclidean", "bf16"), ("cosine", "fp32"), ("matrix", "fp32")):
+        constants = {"COST": COSTS[cost], "BLOCK": tiles.own, "DEPTH": tiles.depth}
+        points = dict.fromkeys(("points", "centres"), f"*{dtype}")
+        yield compiled(_prepare, f"{tiles.own} {dtype} {cost}", types | points, constants, tiles)
+    yield from over_tiles(_reduce_costs, types)
+    yield from over_tiles(_reduce_costs, types, " largest", factors=None, running=None)
+    yield from over_tiles(_project, types | dict.fromkeys(("values", "projected", "hadamard"), "*input"))
+    yield compiled(_update, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk}, tiles)
