@@ -29,7 +29,7 @@ SMALLEST_SCALE: tl.constexpr = tl.constexpr(1e-8)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _start(
+def _sinkhorn_start(
     largest,  # (B, chunks, N), largest costs of the rows
     x_counts,
     y_counts,
@@ -70,7 +70,7 @@ def _start(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _check(
+def _sinkhorn_check(
     partial,  # (B, chunks, N), log-sum-exps of the rows
     x_counts,
     y_counts,
@@ -115,7 +115,7 @@ def _check(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _plan(
+def _sinkhorn_plan(
     own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
     own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
     factors,
@@ -157,7 +157,7 @@ def _plan(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _finish(
+def _sinkhorn_finish(
     partial,  # (B, chunks, N): sum_j P_ij c_ij
     x_counts,
     y_counts,
@@ -240,14 +240,14 @@ def forward(
         results = (running, error, iterations, converged.view(torch.int8))
         if cost_scale is None:
             w.reduce(rows, columns, None, None)
-        _start[each](
+        _sinkhorn_start[each](
             rows.partial, rows.counts, columns.counts, w.eps, scale, w.factors, *results, rows.size, rows.chunks,
             cost_scale if cost_scale is None else float(cost_scale), **blocks,
         )  # fmt: skip
         threshold = DEFAULT_THRESHOLD if tol is None else float(tol)
 
         def check(steps: int) -> None:
-            _check[each](
+            _sinkhorn_check[each](
                 rows.partial, rows.counts, columns.counts, rows.log_weights, rows.potential, w.eps, *results,
                 rows.size, rows.chunks, steps, None if tol is None else threshold, threshold, rows.inverse_rho,
                 **blocks,
@@ -266,12 +266,12 @@ def forward(
 
         w.project(rows, columns, rows.shift, columns.potential, columns.points, y_to_x, x_hadamard)
         w.project(columns, rows, columns.shift, rows.potential, rows.points, x_to_y, y_hadamard)
-        kernel, count = w.by_blocks(_plan, rows, tiles.own, rows.chunks)
+        kernel, count = w.by_blocks(_sinkhorn_plan, rows, tiles.own, rows.chunks)
         kernel(
             *w.geometry(rows, columns, count), w.factors, rows.potential, columns.potential, plan, rows.partial,
             **w.shape, CHUNK=tiles.chunk, **w.options,
         )  # fmt: skip
-        _finish[each](
+        _sinkhorn_finish[each](
             rows.partial, rows.counts, columns.counts, w.eps, rows.potential, columns.potential, f, g, transport_cost,
             rows.size, columns.size, rows.chunks, **blocks,
         )  # fmt: skip
@@ -285,6 +285,6 @@ def specializations() -> Iterator[Specialization]:
     types |= dict.fromkeys(("scaled_f", "scaled_g", "transport_cost", "plan"), "*fp32")
     types |= dict.fromkeys(("x_counts", "y_counts", "running", "iterations"), "*i32")
     types |= {"converged": "*i8"} | dict.fromkeys(("cost_scale", "tol", "threshold", "inverse_rho"), "fp32")
-    yield from over_tiles(_plan, types)
-    for kernel in (_start, _check, _finish):
+    yield from over_tiles(_sinkhorn_plan, types)
+    for kernel in (_sinkhorn_start, _sinkhorn_check, _sinkhorn_finish):
         yield compiled(kernel, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk}, tiles)

@@ -108,7 +108,7 @@ def is_near(squares, own_norms, other_norms):
 def cost_tile(
     own_points,  # (B, own_size, D)
     other_points,  # (B, other_size, D)
-    own_rows,  # (B, own_size, depths * DEPTH), see `_prepare`
+    own_rows,  # (B, own_size, depths * DEPTH), see `_sinkhorn_prepare`
     other_rows,
     own_norms,  # (B, own_size)
     other_norms,
@@ -188,7 +188,7 @@ def add_chunks(partial, size, chunks, valid):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _prepare(
+def _sinkhorn_prepare(
     points,  # (B, size, D)
     weights,  # (B, size) or None
     lengths,  # (B,) or None
@@ -256,7 +256,7 @@ def _prepare(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _reduce_costs(
+def _sinkhorn_reduce_costs(
     own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
     own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
     factors,  # (B,), from unscaled costs to units of eps ln 2; None for the largest cost
@@ -305,7 +305,7 @@ def _reduce_costs(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _update(
+def _sinkhorn_update(
     partial,  # (B, chunks, size)
     counts,
     other_counts,
@@ -343,7 +343,7 @@ def _update(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _project(
+def _sinkhorn_project(
     own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
     own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
     factors,
@@ -451,7 +451,7 @@ class Workspace:
         return Side(points, log_weights, potential, shift, rows, norms, counts, partial, stride, inverse_rho)
 
     def _prepare(self, side: Side, weights: Tensor | None, lengths: Tensor | None, other_lengths, others: int) -> None:
-        kernel, blocks = self.by_blocks(_prepare, side, self.tiles.own)
+        kernel, blocks = self.by_blocks(_sinkhorn_prepare, side, self.tiles.own)
         kernel(
             side.points, weights, lengths, other_lengths, self.x.points, side.rows, side.norms, side.log_weights,
             side.potential, side.counts, side.size, others, self.x.size, self.D, self.depths, blocks,
@@ -488,7 +488,7 @@ class Workspace:
 
     def reduce(self, own: Side, other: Side, running: Tensor | None, factors: Tensor | None) -> None:
         """Into own.partial the log-sum-exps over the others; without factors the largest costs."""
-        kernel, blocks = self.by_blocks(_reduce_costs, own, self.tiles.own, own.chunks)
+        kernel, blocks = self.by_blocks(_sinkhorn_reduce_costs, own, self.tiles.own, own.chunks)
         geometry = self.geometry(own, other, blocks)
         kernel(
             *geometry, factors, running, other.potential, own.partial,
@@ -497,7 +497,7 @@ class Workspace:
 
     def update(self, own: Side, other: Side, running: Tensor, history: Tensor | None = None, step: int = 0) -> None:
         """The potentials of one side from own.partial."""
-        kernel, blocks = self.by_blocks(_update, own, self.tiles.vector)
+        kernel, blocks = self.by_blocks(_sinkhorn_update, own, self.tiles.vector)
         kernel(
             own.partial, own.counts, other.counts, own.log_weights, self.eps, running, own.potential, own.shift,
             history, own.size, blocks, own.chunks, 0 if history is None else history.shape[1], step, own.inverse_rho,
@@ -507,7 +507,7 @@ class Workspace:
     def project(self, own: Side, other: Side, own_exponent, other_exponent, values, projected, hadamard=None) -> None:
         """projected_i = sum_j 2^(own_exponent_i - c_ij + other_exponent_j) values_j."""
         features = self.tiles.features
-        kernel, blocks = self.by_blocks(_project, own, self.tiles.own, triton.cdiv(self.D, features))
+        kernel, blocks = self.by_blocks(_sinkhorn_project, own, self.tiles.own, triton.cdiv(self.D, features))
         geometry = self.geometry(own, other, blocks)
         kernel(
             *geometry, self.factors, own_exponent, other_exponent, values, projected, hadamard,
@@ -566,8 +566,8 @@ def specializations() -> Iterator[Specialization]:
     for cost, dtype in (("euclidean", "fp32"), ("euclidean", "bf16"), ("cosine", "fp32"), ("matrix", "fp32")):
         constants = {"COST": COSTS[cost], "BLOCK": tiles.own, "DEPTH": tiles.depth}
         points = dict.fromkeys(("points", "centres"), f"*{dtype}")
-        yield compiled(_prepare, f"{tiles.own} {dtype} {cost}", types | points, constants, tiles)
-    yield from over_tiles(_reduce_costs, types)
-    yield from over_tiles(_reduce_costs, types, " largest", factors=None, running=None)
-    yield from over_tiles(_project, types | dict.fromkeys(("values", "projected", "hadamard"), "*input"))
-    yield compiled(_update, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk}, tiles)
+        yield compiled(_sinkhorn_prepare, f"{tiles.own} {dtype} {cost}", types | points, constants, tiles)
+    yield from over_tiles(_sinkhorn_reduce_costs, types)
+    yield from over_tiles(_sinkhorn_reduce_costs, types, " largest", factors=None, running=None)
+    yield from over_tiles(_sinkhorn_project, types | dict.fromkeys(("values", "projected", "hadamard"), "*input"))
+    yield compiled(_sinkhorn_update, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk}, tiles)
