@@ -28,8 +28,12 @@ def streaming(test: Callable[..., None]) -> Callable[..., None]:
 
         tiles = sinkhorn_tiles.Tiles(own=16, other=16, depth=16, features=16, chunk=32, vector=16)
         forward = functools.partial(sinkhorn_streaming.forward, tiles=tiles)
-        with mock.patch.object(sinkhorn_hadamard, "forward", forward):
-            test(**arguments)
+        torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+        try:
+            with mock.patch.object(sinkhorn_hadamard, "forward", forward):
+                test(**arguments)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     return interpreted(run)
 

@@ -135,7 +135,7 @@ def _sinkhorn_plan(
     factor = tl.load(factors + problem)
     i = tl.arange(0, OWN)
     j = tl.arange(0, OTHER)
-    own_exponent = tl.load(f + problem * own_size + start + i, mask=i < own_left, other=float("-inf"))
+    own_exponent = tl.load(f + problem * own_size + start + i, mask=i < own_left, other=0.0)
     total = tl.zeros((OWN,), tl.float32)
     for step in range(first, tl.minimum(first + CHUNK, stop), OTHER):
         at = problem * 0 + step
@@ -144,9 +144,9 @@ def _sinkhorn_plan(
             own_size, other_size, own_stride, other_stride, D, depths,
             problem, start, at, own_left, others - at, COST, OWN, OTHER, DEPTH,
         )  # fmt: skip
-        exponent = tl.load(g + problem * other_size + at + j, mask=j < others - at, other=float("-inf"))
-        probability = tl.exp2((own_exponent[:, None] - c) + exponent[None, :])
         valid = (i < own_left)[:, None] & (j < others - at)[None, :]
+        exponent = tl.load(g + problem * other_size + at + j, mask=j < others - at, other=0.0)
+        probability = tl.where(valid, tl.exp2((own_exponent[:, None] - c) + exponent[None, :]), 0.0)
         total += tl.sum(tl.where(valid, probability * c, 0.0), 1)
         if plan is not None:
             rows = plan + (problem * own_size + start) * other_size + at

@@ -89,8 +89,8 @@ def product_tile(own, other, own_left, other_left, depths, OWN: tl.constexpr, OT
     In place of rows past the last valid one that one is read again, which takes no masks.
     """
     d = tl.arange(0, DEPTH)
-    i = tl.minimum(tl.arange(0, OWN), own_left - 1).to(tl.int32)
-    j = tl.minimum(tl.arange(0, OTHER), other_left - 1).to(tl.int32)
+    i = tl.minimum(tl.arange(0, OWN), tl.maximum(own_left - 1, 0)).to(tl.int32)
+    j = tl.minimum(tl.arange(0, OTHER), tl.maximum(other_left - 1, 0)).to(tl.int32)
     left = own + (i[:, None] * (depths * DEPTH) + d[None, :])
     right = other + (j[None, :] * (depths * DEPTH) + d[:, None])
     tile = tl.zeros((OWN, OTHER), tl.float32)
@@ -129,7 +129,7 @@ def cost_tile(
     OTHER: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """(OWN, OTHER) unscaled costs, finite in the padding."""
+    """(OWN, OTHER) unscaled costs. Where no own or no other point is valid they are anything, else finite."""
     i = tl.arange(0, OWN)
     j = tl.arange(0, OTHER)
     valid_i = i < own_left
