@@ -70,11 +70,15 @@ def widen(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_matches(
-    given: dict[str, Any], scale: float = 1.0, gradient: str = "unrolled", keep: tuple[str, ...] = DIFFERENTIABLE
+    given: dict[str, Any],
+    scale: float = 1.0,
+    gradient: str = "unrolled",
+    keep: tuple[str, ...] = DIFFERENTIABLE,
+    kernels: str = "cpu",
 ) -> dict[str, Tensor]:
     arguments = launch_arguments(**given)
     outer = {n: t for n, t in cotangents(arguments).items() if n in keep}
-    got = run("cpu", arguments, outer, gradient=gradient)
+    got = run(kernels, arguments, outer, gradient=gradient)
     want = run("torch", widen(arguments), widen({"x": arguments["x"], "a": None, "b": None} | outer), gradient=gradient)
     for name in ("a", "b"):  # zero where the weight is below the floor, which float64 does not see
         if arguments[name] is not None:

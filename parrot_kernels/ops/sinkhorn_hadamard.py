@@ -278,10 +278,18 @@ def _cpu_backward(*, gradient: str, **arguments: Any) -> None:
         native.call_cpu("sinkhorn_hadamard_backward", gradient=gradient, **arguments)
 
 
-KERNELS = {  # a backend that has no backward of its own yet borrows the reference's
+def _triton_backward(*, x: Tensor, y: Tensor, gradient: str, **arguments: Any) -> None:
+    from ..triton_kernels import sinkhorn_hadamard_backward as kernels
+
+    resident = gradient != "implicit" and kernels.why_not(x.shape[1], y.shape[1]) is None
+    run = kernels.backward if resident else _reference_backward
+    run(x=x, y=y, gradient=gradient, **arguments)
+
+
+KERNELS = {
     "torch": Kernels(_in_full_precision(reference.forward), _reference_backward),
     "cpu": Kernels(functools.partial(native.call_cpu, "sinkhorn_hadamard_forward"), _cpu_backward),
-    "triton": Kernels(_triton_forward, _reference_backward),
+    "triton": Kernels(_triton_forward, _triton_backward),
 }
 
 

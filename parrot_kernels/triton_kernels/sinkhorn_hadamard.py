@@ -155,16 +155,34 @@ def log2_weights(weights, index, valid, count):
 
 
 @triton.jit
+def load_tile(matrix, i, j, valid_i, m, M):
+    """A tile of one problem's (N, M) matrix: rows that are valid, columns before m, zero elsewhere."""
+    tile = spread(tl.zeros_like(i).to(tl.float32), True) + spread(tl.zeros_like(j).to(tl.float32), False)
+    patch = tl.arange(0, j.shape[0])[:, None, None, None, None, None]
+    for k in range(patches_of_columns(M, j)):  # at once, the pointers to all would fill the registers
+        columns = patch_of_columns(k, j)
+        mask = spread(valid_i, True) & spread(columns < m, False)
+        part = tl.load(matrix + (spread(i * M, True) + spread(columns, False)), mask=mask, other=0.0)
+        tile = tl.where(patch == k, part.to(tl.float32), tile)
+    return tile
+
+
+@triton.jit
+def store_tile(matrix, tile, i, j, N, M):
+    """Write one problem's (N, M) matrix, padding included."""
+    patch = tl.arange(0, j.shape[0])[:, None, None, None, None, None]
+    for k in range(patches_of_columns(M, j)):
+        columns = patch_of_columns(k, j)
+        mask = spread(i < N, True) & spread(columns < M, False)
+        part = tl.sum(tl.where(patch == k, tile, 0.0), 0)[None]
+        tl.store(matrix + (spread(i * M, True) + spread(columns, False)), part, mask=mask)
+
+
+@triton.jit
 def cost_tile(x, y, cost_matrix, i, j, valid_i, valid_j, m, M, D, COST: tl.constexpr):
     """Unscaled costs of one problem; what stands outside the valid block is unspecified but finite."""
     if COST == MATRIX:
-        tile = spread(tl.zeros_like(i).to(tl.float32), True) + spread(tl.zeros_like(j).to(tl.float32), False)
-        patch = tl.arange(0, j.shape[0])[:, None, None, None, None, None]
-        for k in range(patches_of_columns(M, j)):  # at once, the pointers to all would fill the registers
-            columns = patch_of_columns(k, j)
-            mask = spread(valid_i, True) & spread(columns < m, False)
-            part = tl.load(cost_matrix + (spread(i * M, True) + spread(columns, False)), mask=mask, other=0.0)
-            tile = tl.where(patch == k, part.to(tl.float32), tile)
+        tile = load_tile(cost_matrix, i, j, valid_i, m, M)
     else:
         norm_x = tl.zeros_like(i).to(tl.float32)
         norm_y = tl.zeros_like(j).to(tl.float32)
@@ -306,13 +324,7 @@ def _sinkhorn_hadamard_forward(
     spent = probability * tl.where(valid, c, 0.0)
     tl.store(transport_cost + problem, sum_vector(sum_tile(spent, True), True) * unit)
     if plan is not None:
-        plan += problem * N * M
-        patch = tl.arange(0, j.shape[0])[:, None, None, None, None, None]
-        for k in range(patches_of_columns(M, j)):
-            columns = patch_of_columns(k, j)
-            mask = spread(i < N, True) & spread(columns < M, False)
-            part = tl.sum(tl.where(patch == k, probability, 0.0), 0)[None]
-            tl.store(plan + (spread(i * M, True) + spread(columns, False)), part, mask=mask)
+        store_tile(plan + problem * N * M, probability, i, j, N, M)
 
     to_x = tl.exp2((spread(f_now - log_a, True) - c) + spread(g_now, False))
     y_to_x += problem * N * D

@@ -1,0 +1,627 @@
+"""Gradients of the resident Sinkhorn-Hadamard: one program per problem, one launch, from the stored potentials.
+
+Derivation. With c = C / eps, F = f / eps, G = g / eps and dF, dG the gradients of F, G, an iteration backwards is
+
+    dlog b_j += dG_j    dc_ij += W_ij dG_j    dF_i -= sum_j W_ij dG_j    W_ij = damp_y softmax_i(F_i - c_ij)
+    dlog a_i += dF_i    dc_ij += V_ij dF_i    dG_j  = -sum_i V_ij dF_i   V_ij = damp_x softmax_j(G_j - c_ij)
+
+with the F of this iteration and the G of the one before. (Potentials and c are kept in units of eps ln 2, as in the
+forward; gradients are with respect to F, G and c above.)
+
+*No exponentials of the tile.* Kept are offsets alpha, beta and K_ij = 2^(alpha_i + beta_j - c_ij). With
+h = 2^(F - alpha), w = 2^(G - beta), t = K^T h and s = K w,
+
+    W_ij = damp_y K_ij h_i / t_j    V_ij = damp_x K_ij w_j / s_i,
+
+multiplications only. The weights are normalised by sums over the very K in use, so that rounding neither makes nor
+loses mass. Entries of K below 2^-126 are lost; with h and w at most 2^58 that is less than rounding in sums within
+[2^-29, 2^29]. Where they leave this range (at the start they are zero) the offsets are set anew, so that every row of
+K w and every column of K^T h has a largest term of one. Where K then has an entry above 2^58, which takes weights
+near zero on both sides, the two half-steps of this iteration take an offset, and a K, each.
+
+*Gradients of the plan.* With A_ij = <dy_to_x_i, y_j> and B_ij = <x_i, dx_to_y_j>, d log P = A P/a + B P/b + dP P. What
+reaches F through A cancels in log a (P/a does not depend on it): it is kept apart, so that the gradient of a small
+weight is no difference of large numbers. Likewise B and log b.
+
+*Registers.* Three tiles are held at a time: c, A, B at first; c, K and dc in the loop; in the end P/a, P/b and dc, from
+which one pass over the features writes dx and dy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .sinkhorn_hadamard import (
+    COSINE,
+    COSTS,
+    EUCLIDEAN,
+    LN2,
+    MATRIX,
+    MAX_POINTS,
+    MAX_REGISTERS,
+    TINY,
+    cost_tile,
+    index,
+    load_tile,
+    log2_weights,
+    log_sum_exp,
+    max_tile,
+    max_vector,
+    spread,
+    store_tile,
+    sum_tile,
+    sum_vector,
+    tile_of,
+)
+from .specialization import Specialization, launch_options
+
+MAX_TILE = 128 * 64  # costs of a problem whose three tiles the registers of one program hold
+LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**29)
+SMALLEST_SUM: tl.constexpr = tl.constexpr(2.0**-29)
+LARGEST_SCALING: tl.constexpr = tl.constexpr(2.0**58)
+
+
+@triton.jit
+def sum_inside(tile, ROWS: tl.constexpr):
+    """The part of row sums or column sums that needs no other thread."""
+    return tl.sum(tile, 0 if ROWS else 1)
+
+
+@triton.jit
+def sum_across(partial, ROWS: tl.constexpr):
+    """The rest of the sums that `sum_inside` began."""
+    if ROWS:
+        return tl.sum(tl.sum(partial, 4), 1)
+    else:
+        return tl.sum(tl.sum(partial, 3), 2)
+
+
+@triton.jit
+def spread_inside(vector, ROWS: tl.constexpr):
+    """A row vector or a column vector, broadcast against what `sum_inside` returns."""
+    if ROWS:
+        return vector[:, None, :, :, None]
+    else:
+        return vector[:, :, None, None, :]
+
+
+@triton.jit
+def load_vector(pointer, index, valid):
+    """A vector in fp32, zero where it is not valid or not given."""
+    if pointer is None:
+        return tl.zeros_like(index).to(tl.float32)
+    else:
+        return tl.load(pointer + index, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def transported(direct, hadamard, point, index, valid):
+    """The gradient of a projection: its own, and that of its product with the points."""
+    gradient = load_vector(direct, index, valid)
+    if hadamard is not None:
+        gradient += point * load_vector(hadamard, index, valid)
+    return gradient
+
+
+@triton.jit
+def norms(points, index, valid, D):
+    """1 / |x_i|, zero for a zero vector."""
+    squares = tl.zeros_like(index).to(tl.float32)
+    for d in range(D):
+        value = load_vector(points, index * D + d, valid)
+        squares += value * value
+    return tl.where(squares > 0.0, 1.0 / tl.sqrt(squares), 0.0)
+
+
+@triton.jit
+def sums_of(K, scaling, valid, ROWS: tl.constexpr):
+    return tl.where(valid, sum_tile(K * spread(scaling, not ROWS), ROWS), 1.0)
+
+
+@triton.jit
+def untrusted(sums, scaling, ROWS: tl.constexpr):
+    """Whether some sum or some scaling (of the same side) leaves the range in which K serves."""
+    outside = (sums < SMALLEST_SUM) | (sums > LARGEST_SUM) | (scaling > LARGEST_SCALING)
+    return max_vector(outside.to(tl.int32), ROWS)
+
+
+@triton.jit
+def offsets(c, potential, valid, ROWS: tl.constexpr):
+    """Minus the largest of potential - c in each row (or column)."""
+    return tl.where(valid, -max_tile(spread(potential, not ROWS) - c, ROWS), 0.0)
+
+
+@triton.jit
+def kernel_tile(c, alpha, beta):
+    return tl.exp2((spread(alpha, True) - c) + spread(beta, False))
+
+
+@triton.jit
+def scalings(potential, offset, valid):
+    return tl.where(valid, tl.exp2(potential - offset), 0.0)
+
+
+@triton.jit
+def unroll(
+    c,
+    dc,
+    dF,
+    dG,
+    extra_i,  # what reaches F (G) of the last iteration, but not log a (log b)
+    extra_j,
+    f_history,
+    g_history,
+    steps,
+    i,
+    j,
+    valid_i,
+    valid_j,
+    m,
+    N,
+    M,
+    unit,
+    damp_x,
+    damp_y,
+    DAMPED: tl.constexpr,
+):
+    """All iterations, from the last to the first: dc, and the gradients of log a, log b and of each damping."""
+    dlog_a = tl.zeros_like(dF)
+    dlog_b = tl.zeros_like(dG)
+    ddamp_x = tl.sum(tl.zeros_like(dF), 0)  # each thread's part
+    ddamp_y = tl.sum(tl.zeros_like(dG), 0)
+    alpha = tl.zeros_like(dF)
+    beta = tl.zeros_like(dG)
+    K = tl.zeros_like(dc)
+    while steps > 0:
+        steps -= 1
+        step = steps.to(tl.int64)
+        F = load_vector(f_history, step * N + i, valid_i) / unit
+        G = load_vector(g_history, (step - 1) * M + j, j < tl.where(steps > 0, m, 0)) / unit
+        h = scalings(F, alpha, valid_i)
+        w = scalings(G, beta, valid_j)
+        t = sums_of(K, h, valid_j, False)
+        s = sums_of(K, w, valid_i, True)
+        split = steps * 0
+        if (untrusted(t, w, False) > 0) | (untrusted(s, h, True) > 0):
+            alpha = offsets(c, G, valid_i, True)
+            beta = offsets(c, F, valid_j, False)
+            K = kernel_tile(c, alpha, beta)
+            largest = max_vector(max_tile(K, True), True)
+            largest = tl.maximum(largest, max_vector(scalings(F, alpha, valid_i), True))
+            largest = tl.maximum(largest, max_vector(scalings(G, beta, valid_j), False))
+            if largest > LARGEST_SCALING:
+                split += 1
+                alpha = F
+                K = kernel_tile(c, alpha, beta)
+            h = scalings(F, alpha, valid_i)
+            w = scalings(G, beta, valid_j)
+            t = sums_of(K, h, valid_j, False)
+            s = sums_of(K, w, valid_i, True)
+
+        dlog_b += dG
+        dG += extra_j
+        if DAMPED:
+            ddamp_y -= tl.sum(dG * tl.where(valid_j, tl.log2(t) - beta, 0.0), 0)
+        part = K * spread(dG * damp_y / t, False)
+        dc += part * spread(h, True)
+        dF -= h * sum_tile(part, True)
+
+        if split > 0:
+            alpha = offsets(c, G, valid_i, True)
+            beta = G
+            K = kernel_tile(c, alpha, beta)
+            w = scalings(G, beta, valid_j)
+            s = sums_of(K, w, valid_i, True)
+        dlog_a += dF
+        dF += extra_i
+        if DAMPED:
+            ddamp_x -= tl.sum(dF * tl.where(valid_i, tl.log2(s) - alpha, 0.0), 0)
+        part = K * spread(dF * damp_x / s, True)
+        dc += part * spread(w, False)
+        dG = -w * sum_tile(part, False)
+        dF = tl.zeros_like(dF)
+        extra_i = tl.zeros_like(dF)
+        extra_j = tl.zeros_like(dG)
+    ddamp_x = tl.sum(tl.sum(ddamp_x, 0), 0) * LN2
+    ddamp_y = tl.sum(tl.sum(ddamp_y, 0), 0) * LN2
+    return dc, dlog_a, dlog_b, ddamp_x, ddamp_y
+
+
+@triton.jit
+def store_weights(gradient, weights, dlog, index, valid, size):
+    """From the gradient of a weight's logarithm; zero where the weight is below the floor."""
+    if gradient is not None:
+        weight = tl.load(weights + index, mask=valid, other=0.0).to(tl.float32)
+        floored = weight < TINY
+        tl.store(gradient + index, tl.where(floored, 0.0, dlog / tl.where(floored, 1.0, weight)), mask=index < size)
+
+
+@triton.jit(do_not_specialize=["N", "M", "D", "n_iters"])
+def _sinkhorn_hadamard_backward(
+    x,  # (B, N, D)
+    y,  # (B, M, D)
+    a,  # (B, N) or None
+    b,  # (B, M) or None
+    x_lengths,  # (B,) or None
+    y_lengths,  # (B,) or None
+    cost_matrix,  # (B, N, M) or None
+    eps,  # (B,)
+    f,  # (B, N)
+    scale,  # (B,)
+    iterations,  # (B,)
+    f_history,  # (B, n_iters, N), None unless UNROLL
+    g_history,  # (B, n_iters, M), None unless UNROLL
+    grad_x_to_y,  # gradients of the outputs, each may be None
+    grad_y_to_x,
+    grad_x_hadamard,
+    grad_y_hadamard,
+    grad_f,
+    grad_g,
+    grad_plan,
+    grad_transport_cost,
+    dx,  # gradients of the inputs, each may be None
+    dy,
+    dcost_matrix,
+    da,
+    db,
+    deps,
+    N,
+    M,
+    D,
+    n_iters,
+    inverse_rho_x,
+    inverse_rho_y,
+    UNROLL: tl.constexpr,  # some gradient through the iteration is wanted
+    THROUGH_COST: tl.constexpr,  # some gradient of the cost is wanted, and there is one
+    UNBALANCED: tl.constexpr,
+    COST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    i = index(BLOCK_N, WARPS_N, 4)
+    j = index(BLOCK_M, WARPS_M, 8)
+    n = N
+    m = M
+    if x_lengths is not None:
+        n = tl.minimum(tl.load(x_lengths + problem), N)
+    if y_lengths is not None:
+        m = tl.minimum(tl.load(y_lengths + problem), M)
+    empty = (n <= 0) | (m <= 0)
+    n = tl.where(empty, 0, n)
+    m = tl.where(empty, 0, m)
+    valid_i = i < n
+    valid_j = j < m
+    valid = spread(valid_i, True) & spread(valid_j, False)
+    on_x = problem * N * D
+    on_y = problem * M * D
+    on_pairs = problem * N * M
+    x += on_x
+    y += on_y
+    TO_X: tl.constexpr = (grad_y_to_x is not None) or (grad_x_hadamard is not None)
+    TO_Y: tl.constexpr = (grad_x_to_y is not None) or (grad_y_hadamard is not None)
+    if cost_matrix is not None:
+        cost_matrix += on_pairs
+    if a is not None:
+        a += problem * N
+    if b is not None:
+        b += problem * M
+    if grad_y_to_x is not None:
+        grad_y_to_x += on_x
+    if grad_x_hadamard is not None:
+        grad_x_hadamard += on_x
+    if grad_x_to_y is not None:
+        grad_x_to_y += on_y
+    if grad_y_hadamard is not None:
+        grad_y_hadamard += on_y
+
+    divisor = tl.load(scale + problem)
+    epsilon = tl.load(eps + problem)
+    unit = epsilon * LN2  # of the potentials and of c, below
+    damp_x = 1.0 / (1.0 + epsilon * inverse_rho_x)
+    damp_y = 1.0 / (1.0 + epsilon * inverse_rho_y)
+    c = cost_tile(x, y, cost_matrix, i, j, valid_i, valid_j, m, M, D, COST)
+    c = tl.where(valid, c / divisor / unit, float("inf"))
+    # The last F is as stored; G follows by one more update, whose sums cancel the rounding of F.
+    F = load_vector(f + problem * N, i, valid_i) / unit
+    minus_s = -damp_y * log_sum_exp(c, F, tl.zeros_like(j).to(tl.float32), valid_j, tl.minimum(epsilon, 0.0), False)
+    direct = epsilon * 0.0
+    if grad_transport_cost is not None:
+        direct = tl.load(grad_transport_cost + problem) * epsilon
+    direct = tl.where(empty, 0.0, direct)
+    through_eps = epsilon * 0.0
+    dc = tl.zeros_like(c)
+    if UNROLL:
+        G = tl.where(valid_j, minus_s + log2_weights(b, j, valid_j, m), 0.0)
+        dF = load_vector(grad_f if grad_f is None else grad_f + problem * N, i, valid_i)
+        dG = load_vector(grad_g if grad_g is None else grad_g + problem * M, j, valid_j)
+        through_eps += (sum_vector(dF * F, True) + sum_vector(dG * G, False)) * LN2
+        dF *= epsilon
+        dG *= epsilon
+        extra_i = tl.zeros_like(dF)
+        extra_j = tl.zeros_like(dG)
+        if TO_X:
+            A = tl.zeros_like(c)
+            for d in range(D):
+                to_x_d = transported(grad_y_to_x, grad_x_hadamard, load_vector(x, i * D + d, valid_i), i * D + d, valid_i)
+                A += spread(to_x_d, True) * spread(load_vector(y, j * D + d, valid_j), False)
+            A *= tl.exp2((spread(F - log2_weights(a, i, valid_i, n), True) - c) + spread(G, False))
+            extra_i = sum_tile(A, True)
+            dG += sum_tile(A, False)
+            dc -= A
+        if TO_Y:
+            A = tl.zeros_like(c)
+            for d in range(D):
+                to_y_d = transported(grad_x_to_y, grad_y_hadamard, load_vector(y, j * D + d, valid_j), j * D + d, valid_j)
+                A += spread(load_vector(x, i * D + d, valid_i), True) * spread(to_y_d, False)
+            A *= tl.exp2((spread(F, True) - c) + spread(minus_s, False))
+            extra_j = sum_tile(A, False)
+            dF += sum_tile(A, True)
+            dc -= A
+        if (grad_plan is not None) or (grad_transport_cost is not None):
+            A = tl.where(valid, c, 0.0) * (direct * LN2)
+            if grad_transport_cost is not None:
+                P = tl.exp2((spread(F, True) - c) + spread(G, False))
+                through_eps += sum_vector(sum_tile(A * P, True), True) / epsilon
+            if grad_plan is not None:
+                A += load_tile(grad_plan + on_pairs, i, j, valid_i, m, M)
+            A *= tl.exp2((spread(F, True) - c) + spread(G, False))
+            dF += sum_tile(A, True)
+            dG += sum_tile(A, False)
+            dc -= A
+    if THROUGH_COST and (grad_transport_cost is not None):
+        G = tl.where(valid_j, minus_s + log2_weights(b, j, valid_j, m), 0.0)
+        dc += direct * tl.exp2((spread(F, True) - c) + spread(G, False))
+    if UNROLL:
+        steps = tl.where(empty, 0, tl.load(iterations + problem))
+        dc, dlog_a, dlog_b, ddamp_x, ddamp_y = unroll(
+            c,
+            dc,
+            dF,
+            dG,
+            extra_i,
+            extra_j,
+            f_history + problem * n_iters * N,
+            g_history + problem * n_iters * M,
+            steps,
+            i,
+            j,
+            valid_i,
+            valid_j,
+            m,
+            N,
+            M,
+            unit,
+            damp_x,
+            damp_y,
+            UNBALANCED and (deps is not None),
+        )
+        store_weights(da if da is None else da + problem * N, a, dlog_a, i, valid_i, N)
+        store_weights(db if db is None else db + problem * M, b, dlog_b, j, valid_j, M)
+        if deps is not None:
+            through_c = sum_vector(sum_tile(dc * tl.where(valid, c, 0.0), True), True) * LN2
+            through_eps -= through_c / epsilon
+            through_eps -= inverse_rho_x * damp_x * damp_x * ddamp_x + inverse_rho_y * damp_y * damp_y * ddamp_y
+            tl.store(deps + problem, through_eps)
+
+    if THROUGH_COST:
+        dc = dc / epsilon / divisor  # the gradient of the cost before it is scaled
+        if dcost_matrix is not None:
+            store_tile(dcost_matrix + on_pairs, dc, i, j, N, M)
+    if (dx is not None) or (dy is not None):
+        # Zero, which the compiler can't know: what is made again here is not held in registers above.
+        nothing = tl.minimum(n, 0)
+        i += nothing
+        j += nothing
+        valid_i = i < n
+        valid_j = j < m
+        BY_POINTS: tl.constexpr = THROUGH_COST and COST != MATRIX
+        inverse_x = tl.zeros_like(F)
+        inverse_y = tl.zeros_like(minus_s)
+        along_x = tl.zeros_like(F)
+        along_y = tl.zeros_like(minus_s)
+        if BY_POINTS:
+            if COST == COSINE:
+                inverse_x = norms(x, i, valid_i, D)
+                inverse_y = norms(y, j, valid_j, D)
+                A = dc * tl.where(valid, 1.0 - c * (unit * divisor), 0.0)
+                along_x = sum_tile(A, True)
+                along_y = sum_tile(A, False)
+            elif COST == EUCLIDEAN:
+                dc = tl.where(c > 0.0, dc / tl.where(c > 0.0, c * (unit * divisor), 1.0), 0.0)
+            else:
+                dc += dc
+        F = load_vector(f + problem * N, i, valid_i) / unit
+        T = tl.exp2(
+            (spread(F - log2_weights(a, i, valid_i, n), True) - c)
+            + spread(tl.where(valid_j, minus_s + log2_weights(b, j, valid_j, m), 0.0), False)
+        )
+        U = tl.exp2((spread(F, True) - c) + spread(minus_s, False))
+        for d in range(D):
+            at_i = i * D + d
+            at_j = j * D + d
+            x_d = load_vector(x, at_i, valid_i)
+            y_d = load_vector(y, at_j, valid_j)
+            part_x = tl.zeros_like(sum_inside(c, True))
+            part_y = tl.zeros_like(sum_inside(c, False))
+            if TO_X:
+                part_y += sum_inside(T * spread(transported(grad_y_to_x, grad_x_hadamard, x_d, at_i, valid_i), True), False)
+            if grad_x_hadamard is not None:
+                had = load_vector(grad_x_hadamard, at_i, valid_i)
+                part_x += sum_inside(T * spread(y_d, False), True) * spread_inside(had, True)
+            if TO_Y:
+                part_x += sum_inside(U * spread(transported(grad_x_to_y, grad_y_hadamard, y_d, at_j, valid_j), False), True)
+            if grad_y_hadamard is not None:
+                had = load_vector(grad_y_hadamard, at_j, valid_j)
+                part_y += sum_inside(U * spread(x_d, True), False) * spread_inside(had, False)
+            if BY_POINTS:
+                if COST == COSINE:
+                    part_x -= sum_inside(dc * spread(y_d * inverse_y, False), True) * spread_inside(inverse_x, True)
+                    part_y -= sum_inside(dc * spread(x_d * inverse_x, True), False) * spread_inside(inverse_y, False)
+                else:
+                    moved = dc * (spread(x_d, True) - spread(y_d, False))
+                    part_x += sum_inside(moved, True)
+                    part_y -= sum_inside(moved, False)
+            dx_d = sum_across(part_x, True)
+            dy_d = sum_across(part_y, False)
+            if COST == COSINE:
+                dx_d += along_x * inverse_x * inverse_x * x_d
+                dy_d += along_y * inverse_y * inverse_y * y_d
+            if dx is not None:
+                tl.store(dx + on_x + at_i, dx_d, mask=i < N)
+            if dy is not None:
+                tl.store(dy + on_y + at_j, dy_d, mask=j < M)
+
+
+def why_not(N: int, M: int) -> str | None:
+    """None if the resident backward holds an N x M problem, else the reason."""
+    rows, columns, *_ = tile_of(N, M)
+    if max(N, M) > MAX_POINTS or rows * columns > MAX_TILE:
+        return (
+            f"the triton backward holds three tiles of a problem in the registers of one program: at most {MAX_POINTS} "
+            f"points a side, and at most {MAX_TILE} costs with both sides rounded up to powers of two; this one is "
+            f"{N} x {M}"
+        )
+    return None
+
+
+def backward(
+    *,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    cost_matrix: Tensor | None,
+    eps: Tensor,
+    cost: str,
+    rho_x: float | None,
+    rho_y: float | None,
+    gradient: str,
+    f: Tensor,
+    g: Tensor,
+    scale: Tensor,
+    iterations: Tensor,
+    f_history: Tensor | None,
+    g_history: Tensor | None,
+    grad_x_to_y: Tensor | None,
+    grad_y_to_x: Tensor | None,
+    grad_x_hadamard: Tensor | None,
+    grad_y_hadamard: Tensor | None,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    grad_plan: Tensor | None,
+    grad_transport_cost: Tensor | None,
+    dx: Tensor | None,
+    dy: Tensor | None,
+    dcost_matrix: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    deps: Tensor | None,
+) -> None:
+    """Launch the resident backward, "unrolled" or "detached"; arguments as of ``reference.sinkhorn_hadamard.backward``.
+
+    Inputs of any strides, outputs contiguous. Nothing synchronises, and the launch depends on shapes and on which
+    arguments are None only, so it can be captured in a CUDA graph. No memory is needed besides the gradients.
+    """
+    B, N, D = x.shape
+    M = y.shape[1]
+    if (why := why_not(N, M)) is not None:
+        raise ValueError(f"sinkhorn_hadamard: {why}.")
+    if gradient not in ("unrolled", "detached"):
+        raise ValueError(f"sinkhorn_hadamard: the triton backward is for 'unrolled' and 'detached'; got {gradient!r}.")
+    cost_wanted = dcost_matrix is not None or (cost != "matrix" and (dx is not None or dy is not None))
+    unrolled = gradient == "unrolled" and (cost_wanted or any(t is not None for t in (da, db, deps)))
+    through_cost = unrolled or (cost_wanted and grad_transport_cost is not None)
+    if not unrolled:
+        for target in (da, db, deps):
+            if target is not None:
+                target.zero_()
+        da = db = deps = f_history = g_history = grad_f = grad_g = grad_plan = None
+    if not through_cost and dcost_matrix is not None:
+        dcost_matrix.zero_()
+    if B == 0 or all(t is None for t in (dx, dy, dcost_matrix, da, db, deps)):
+        return
+    rows, columns, warps_n, warps_m = tile_of(N, M)
+    inputs = (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, f, scale, iterations, f_history, g_history)
+    inputs += (grad_x_to_y, grad_y_to_x, grad_x_hadamard, grad_y_hadamard, grad_f, grad_g, grad_plan)
+    inputs += (grad_transport_cost,)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _sinkhorn_hadamard_backward[(B,)](
+            *(t if t is None else t.contiguous() for t in inputs),
+            dx,
+            dy,
+            dcost_matrix,
+            da,
+            db,
+            deps,
+            N,
+            M,
+            D,
+            0 if f_history is None else f_history.shape[1],
+            0.0 if rho_x is None else 1.0 / rho_x,
+            0.0 if rho_y is None else 1.0 / rho_y,
+            UNROLL=unrolled,
+            THROUGH_COST=through_cost,
+            UNBALANCED=rho_x is not None or rho_y is not None,
+            COST=COSTS[cost],
+            BLOCK_N=rows,
+            BLOCK_M=columns,
+            WARPS_N=warps_n,
+            WARPS_M=warps_m,
+            **launch_options(warps_n * warps_m, MAX_REGISTERS, amd=torch.version.hip is not None),
+        )
+
+
+def specializations() -> Iterator[Specialization]:
+    """What training asks for: the tiles of square and oblong problems, with every gradient and with only dx, dy."""
+    # Gradients of every output, weights, lengths and unbalanced marginals; or as the plain layers use the op.
+    variants = {
+        "everything": ("fp32", True, True),
+        "plain": ("fp32", True, False),
+        "plain bf16": ("bf16", True, False),
+        "detached": ("fp32", False, False),
+    }
+    sizes = ((16, 16), (32, 32), (64, 64), (128, 64), (64, 128), (256, 32), (128, 128))
+    for (N, M), cost, (variant, (dtype, unrolled, full)) in itertools.product(sizes, COSTS, variants.items()):
+        largest = N * M == MAX_TILE
+        if why_not(N, M) is not None or not (full or cost == "euclidean") or (cost != "euclidean" and not largest):
+            continue
+        rows, columns, warps_n, warps_m = tile_of(N, M)
+        pointers = dict.fromkeys(("x", "y", "dx", "dy"), f"*{dtype}")
+        pointers |= dict.fromkeys([f"grad_{n}" for n in ("x_to_y", "y_to_x", "x_hadamard", "y_hadamard")], f"*{dtype}")
+        pointers |= dict.fromkeys(("eps", "f", "scale"), "*fp32") | {"iterations": "*i32"}
+        optional = dict.fromkeys(("a", "b", "da", "db", "deps", "grad_f", "grad_g", "grad_plan"), "*fp32")
+        optional |= dict.fromkeys(("x_lengths", "y_lengths"), "*i32") | {"grad_transport_cost": "*fp32"}
+        histories = dict.fromkeys(("f_history", "g_history"), "*fp32")
+        matrices = dict.fromkeys(("cost_matrix", "dcost_matrix"), "*fp32")
+        present = pointers | (optional if full else {}) | (histories if unrolled else {})
+        present |= matrices if cost == "matrix" else {}
+        absent = (optional.keys() | histories.keys() | matrices.keys()) - present.keys()
+        yield Specialization(
+            kernel=_sinkhorn_hadamard_backward,
+            tile=f"{rows}x{columns} {cost} {variant}",
+            arguments={
+                **present,
+                **dict.fromkeys(("N", "M", "D", "n_iters"), "i32"),
+                **dict.fromkeys(("inverse_rho_x", "inverse_rho_y"), "fp32"),
+            },
+            constants={
+                **dict.fromkeys(absent),
+                **{"UNROLL": unrolled, "THROUGH_COST": unrolled, "UNBALANCED": full},
+                **{"COST": COSTS[cost], "BLOCK_N": rows, "BLOCK_M": columns, "WARPS_N": warps_n, "WARPS_M": warps_m},
+            },
+            num_warps=warps_n * warps_m,
+            max_registers=MAX_REGISTERS,
+            quick=full and ((N, M) in ((32, 32), (128, 64)) or cost != "euclidean"),
+        )
