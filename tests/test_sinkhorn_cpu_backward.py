@@ -75,10 +75,11 @@ def assert_matches(
     gradient: str = "unrolled",
     keep: tuple[str, ...] = DIFFERENTIABLE,
     kernels: str = "cpu",
+    needed: tuple[str, ...] = GRADIENTS,
 ) -> dict[str, Tensor]:
     arguments = launch_arguments(**given)
     outer = {n: t for n, t in cotangents(arguments).items() if n in keep}
-    got = run(kernels, arguments, outer, gradient=gradient)
+    got = run(kernels, arguments, outer, needed, gradient)
     want = run("torch", widen(arguments), widen({"x": arguments["x"], "a": None, "b": None} | outer), gradient=gradient)
     for name in ("a", "b"):  # zero where the weight is below the floor, which float64 does not see
         if arguments[name] is not None:

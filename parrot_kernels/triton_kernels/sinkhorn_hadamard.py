@@ -348,10 +348,10 @@ def _sinkhorn_hadamard_forward(
         tl.store(y_hadamard + (j * D + d), y_d * moved, mask=j < M)
 
 
-def tile_of(N: int, M: int) -> tuple[int, int, int, int]:
+def tile_of(N: int, M: int, costs_per_warp: int = 1024) -> tuple[int, int, int, int]:
     """(rows, columns, warps along rows, warps along columns) of the program that holds an N x M problem."""
     rows, columns = (max(16, triton.next_power_of_2(size)) for size in (N, M))
-    warps = min(8, max(1, rows * columns // 1024))
+    warps = min(8, max(1, rows * columns // costs_per_warp))
     # Patches near square: a thread also holds copies of the row and column vectors of its patch.
     warps_n = next(w for w in (1, 2, 4, 8) if w == warps or (rows // (4 * w)) <= columns // (8 * (warps // w)))
     return rows, columns, warps_n, warps // warps_n
