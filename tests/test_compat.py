@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +18,15 @@ from parrot_kernels.compat import causal_conv1d as conv
 from parrot_kernels.compat import mamba_layers
 from parrot_kernels.compat import mamba_ssm as mamba
 
-# As published: mamba-ssm 2.2.4, causal-conv1d 1.5.0; the last two from the fork behind Vim and SSAMBA.
+# As published: mamba-ssm 2.2.4 (but for prev_state, which is ours), causal-conv1d 1.5.0; the last two from the fork
+# behind Vim and SSAMBA.
 INNER = (
     "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A B C D delta_bias "
     "B_proj_bias C_proj_bias delta_softplus"
 )
 SIGNATURES = {
-    mamba.selective_scan_fn: "u delta A B C D z delta_bias delta_softplus return_last_state",
-    mamba.selective_scan_ref: "u delta A B C D z delta_bias delta_softplus return_last_state",
+    mamba.selective_scan_fn: "u delta A B C D z delta_bias delta_softplus return_last_state prev_state",
+    mamba.selective_scan_ref: "u delta A B C D z delta_bias delta_softplus return_last_state prev_state",
     mamba.mamba_inner_fn: f"{INNER} checkpoint_lvl b_rms_weight c_rms_weight dt_rms_weight b_c_dt_rms_eps",
     mamba.mamba_inner_ref: INNER,
     mamba.selective_state_update: "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
@@ -213,10 +215,90 @@ def test_mixed_dtypes_run_in_the_widest():
     assert torch.equal(out, mamba.selective_scan_fn(u.float(), delta, A, B.float(), B.float()).bfloat16())
 
 
-def test_complex_A_raises():
-    u = torch.randn(1, 2, 3)
-    with pytest.raises(TypeError, match="`A` must be real; got complex64"):
-        mamba.selective_scan_fn(u, u, torch.randn(2, 4, dtype=torch.complex64), torch.randn(2, 4), torch.randn(2, 4))
+def complex_inputs(batch=2, dim=4, states=3, length=9, groups=2):
+    real = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(5)}
+    u, delta, z = (torch.randn(batch, dim, length, **real) for _ in range(3))
+    A = torch.complex(-torch.rand(dim, states, **real), torch.randn(dim, states, **real))
+    B = torch.randn(batch, groups, states, 2 * length, **real)
+    C = torch.randn(dim, states, dtype=torch.complex128, generator=real["generator"])
+    return u, delta, A, B, C, torch.randn(dim, **real), z, torch.randn(dim, **real)
+
+
+def test_complex_A_against_the_convolution_it_is():
+    u, delta, A, B, C, D, z, bias = complex_inputs()
+    out, last = mamba.selective_scan_fn(u, delta, A, B, C, D, z, bias, True, return_last_state=True)
+    dt = F.softplus(delta + bias[:, None])
+    passed = dt.cumsum(-1)  # h_t = sum over s <= t of exp(A (dt_{s+1} + ... + dt_t)) dt_s B_s u_s
+    gaps = (passed.unsqueeze(-1) - passed.unsqueeze(-2)).tril()
+    B_steps = torch.view_as_complex(B.unflatten(-1, (-1, 2))).repeat_interleave(2, 1)
+    states = torch.einsum(
+        "bdtsn,bds,bdns->bdtn",
+        torch.exp(gaps.unsqueeze(-1) * A[:, None, None]) * torch.ones(9, 9).tril()[..., None],
+        (dt * u).to(A.dtype),
+        B_steps,
+    )
+    want = (2 * torch.einsum("bdtn,dn->bdt", states, C).real + D[:, None] * u) * F.silu(z)
+    assert_close(out, want, "scan")
+    assert_close(torch.view_as_real(last), torch.view_as_real(states[:, :, -1]), "scan")
+
+
+def test_complex_A_in_pieces_and_its_gradients():
+    u, delta, A, B, C, D, z, bias = complex_inputs()
+    whole = mamba.selective_scan_fn(u, delta, A, B, C, D, z, bias, True)
+    state, pieces = None, []
+    for piece in (slice(0, 4), slice(4, 9)):
+        double = slice(2 * piece.start, 2 * piece.stop)
+        steps = u[..., piece], delta[..., piece], A, B[..., double], C, D, z[..., piece], bias, True, True
+        out, state = mamba.selective_scan_fn(*steps, prev_state=state)
+        pieces.append(out)
+    assert_close(torch.cat(pieces, -1), whole, "scan")
+
+    inputs = [t.requires_grad_() for t in complex_inputs(batch=1, dim=2, states=2, length=3)]
+    assert torch.autograd.gradcheck(lambda *t: mamba.selective_scan_fn(*t, delta_softplus=True), inputs)
+
+
+def test_a_scan_in_pieces():
+    generator = torch.Generator().manual_seed(6)
+    u, delta = torch.randn(2, 2, 3, 10, generator=generator)
+    A, B, C = -torch.rand(3, 4, generator=generator), *torch.randn(2, 2, 4, 10, generator=generator)
+    for scan in (mamba.selective_scan_fn, mamba.selective_scan_ref):
+        whole, last = scan(u, delta, A, B, C, return_last_state=True)
+        first, state = scan(u[..., :6], delta[..., :6], A, B[..., :6], C[..., :6], return_last_state=True)
+        rest, state = scan(
+            u[..., 6:], delta[..., 6:], A, B[..., 6:], C[..., 6:], return_last_state=True, prev_state=state
+        )
+        assert_close(torch.cat([first, rest], -1), whole, "scan")
+        assert_close(state, last, "scan")
+
+
+@pytest.mark.parametrize("projected", ["B", "C", "both"])
+def test_inner_fn_with_a_complex_A(projected):
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape, dtype=torch.float64):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    batch, dim, states, rank, length = 2, 3, 2, 2, 5
+    A = torch.complex(-torch.rand(dim, states, generator=generator), normal(dim, states).float()).to(torch.complex128)
+    xz, conv = normal(batch, 2 * dim, length), normal(dim, 1, 3)
+    x_proj = normal(rank + 2 * states * (2 if projected == "both" else 1), dim)
+    dt_proj, out_proj = normal(dim, rank), normal(4, dim)
+    B = None if projected != "C" else normal(dim, states, dtype=torch.complex128)
+    C = None if projected != "B" else normal(dim, states, dtype=torch.complex128)
+    out = mamba.mamba_inner_fn(xz, conv, None, x_proj, dt_proj, out_proj, None, A, B, C)
+
+    x, z = xz.chunk(2, 1)
+    u = F.silu(F.conv1d(x, conv, padding=2, groups=dim)[..., :length])
+    low = torch.einsum("rd,bdl->brl", x_proj, u)
+
+    def steps(rows):  # (batch, 2 states, length), rows in pairs -> (batch, states, 2 length), columns in pairs
+        return torch.stack([rows[:, 0::2], rows[:, 1::2]], -1).reshape(batch, states, 2 * length)
+
+    B = steps(low[:, rank : rank + 2 * states]) if B is None else B
+    C = steps(low[:, -2 * states :]) if C is None else C
+    delta = torch.einsum("dr,brl->bdl", dt_proj, low[:, :rank])
+    want = mamba.selective_scan_fn(u, delta, A, B, C, None, z, None, True)
+    assert_close(out, torch.einsum("od,bdl->blo", out_proj, want), "scan")
 
 
 def block(dim=12, states=8, rank=3, length=19, constant=(False, False), dtype=torch.float32):
@@ -367,8 +449,9 @@ def test_module_loads_and_runs_as_ours():
     theirs.load_state_dict(ours.state_dict())
     hidden = torch.randn(2, 7, 8)
     assert torch.equal(theirs(hidden), ours(hidden))
-    with pytest.raises(NotImplementedError, match="`inference_params` must be None"):
-        theirs(hidden, inference_params=object())
+    params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0, max_batch_size=2)
+    assert torch.equal(theirs(hidden, inference_params=params), ours(hidden))
+    assert 3 in params.key_value_memory_dict
 
 
 @pytest.fixture

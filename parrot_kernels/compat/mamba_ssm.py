@@ -1,7 +1,8 @@
 """The Mamba-1 functions of mamba-ssm (2.x), keyword for keyword, on any device and without its extension.
 
 `parrot_kernels.compat.install` makes them importable as ``mamba_ssm``. Beyond the original: any strides and state
-size, and gradients of the last state, which the original ignores. Complex A raises.
+size, a state to start from, and gradients of the last state, which the original ignores. A complex A runs through a
+step loop in PyTorch.
 
 Also the entry points of the forks behind Vim, SSAMBA and VideoMamba: `mamba_inner_fn_no_out_proj` and
 `bimamba_inner_fn`.
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..ops import selective_scan as ops
 from ..ops.causal_conv1d import causal_conv1d
 from ..reference import selective_scan as reference
+from .complex_scan import complex_scan
 from .mamba_layers import rms_norm
 
 
@@ -33,18 +35,24 @@ def selective_scan_fn(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    prev_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan; see `parrot_kernels.selective_scan`.
 
     Args:
         u, delta, z: (batch, dim, seqlen). Unlike in the original their dtypes may differ; out has that of u.
-        A: (dim, dstate), real.
-        B, C: (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen).
+        A: (dim, dstate), real; or complex, see `complex_scan`.
+        B, C: (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen); with a complex A constant ones
+            are complex and the others hold real and imaginary parts in turn, (..., 2 seqlen).
         D, delta_bias: (dim,).
         delta_softplus: apply softplus to delta + delta_bias.
         return_last_state: return (out, last_state), the latter (batch, dim, dstate) in fp32 (fp64 for fp64).
+        prev_state: (batch, dim, dstate), the last state of the piece of the sequence before.
     """
-    out, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if A.is_complex():
+        out, last_state = complex_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, prev_state)
+    else:
+        out, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state=prev_state)
     return (out, last_state) if return_last_state else out
 
 
@@ -59,9 +67,15 @@ def selective_scan_ref(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    prev_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan_fn` as a plain step loop in PyTorch that autograd goes through."""
-    out, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if A.is_complex():
+        out, last_state = complex_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, prev_state)
+    else:
+        out, last_state = reference.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state=prev_state
+        )
     return (out, last_state) if return_last_state else out
 
 
@@ -301,6 +315,7 @@ def _scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool = False,
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op for activations of mixed dtypes, as autocast makes them: run in the widest, out in that of u."""
     per_step = [u, delta, z, *(m for m in (B, C) if m.dim() > 2)]
@@ -318,6 +333,7 @@ def _scan(
         delta_bias,
         delta_softplus,
         reverse=reverse,
+        initial_state=initial_state,
         return_final_state=True,
     )
     return out.to(u.dtype), last_state
@@ -344,12 +360,15 @@ def _inner_inputs(
     """u, delta, z, B, C of the scan inside a Mamba block."""
     x, z = xz.chunk(2, dim=1)
     u = causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, "silu")
-    rank, states = delta_proj_weight.shape[1], A.shape[1]
+    rank, states = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
     projected = F.linear(u.transpose(1, 2), x_proj_weight)  # (batch, seqlen, ...)
 
     def per_step(low_rank: Tensor, bias: Tensor | None, normalise: Normalise | None) -> Tensor:
         low_rank = low_rank if bias is None else low_rank + bias.to(low_rank.dtype)
-        return (low_rank if normalise is None else normalise(low_rank)).transpose(1, 2)
+        low_rank = low_rank if normalise is None else normalise(low_rank)
+        if A.is_complex():  # real and imaginary parts in turn along time
+            return low_rank.unflatten(-1, (-1, 2)).transpose(1, 2).flatten(2)
+        return low_rank.transpose(1, 2)
 
     dt = projected[..., :rank] if normalise_dt is None else normalise_dt(projected[..., :rank])
     delta = F.linear(dt, delta_proj_weight).transpose(1, 2)
