@@ -33,8 +33,8 @@ PARROT_INLINE Vec<float> exp2(Vec<float> x) {
     x = vmin(broadcast(high), vmax(broadcast(low), x));
     const Vec<float> shifted = x + Exponent<float>::round, f = x - (shifted - Exponent<float>::round);
     const Vec<float> p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + 1.0f;
-    return bit_cast<Vec<float> >(bit_cast<IntVec<float> >(p) +
-                                 (bit_cast<IntVec<float> >(shifted) << Exponent<float>::mantissa_bits));
+    return bit_cast<Vec<float>>(bit_cast<IntVec<float>>(p) +
+                                (bit_cast<IntVec<float>>(shifted) << Exponent<float>::mantissa_bits));
 #endif
 }
 PARROT_INLINE Vec<double> exp2(Vec<double> x) { return exp<double>(x * 0.69314718055994530942); }
@@ -129,6 +129,71 @@ PARROT_INLINE T from_real(F x) {
         return x;
 }
 
+// kLanes<F> elements of T in the compute dtype, and back.
+template <typename T, typename F>
+PARROT_INLINE Vec<F> load_as(const T* p) {
+    constexpr int W = kLanes<F>;
+    if constexpr (sizeof(T) == sizeof(F)) {
+        return load(reinterpret_cast<const F*>(p));
+#if defined(__AVX512F__)
+    } else if constexpr (std::is_same<T, half>::value) {
+        return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    } else if constexpr (std::is_same<T, half>::value) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+    } else if constexpr (std::is_same<T, bfloat16>::value) {
+        typedef uint16_t Bits __attribute__((vector_size(2 * W)));
+        Bits bits;
+        std::memcpy(&bits, p, sizeof(bits));
+        return bit_cast<Vec<F>>(__builtin_convertvector(bits, IntVec<F>) << 16);
+    } else {
+        F converted[W];
+        for (int i = 0; i < W; ++i) converted[i] = to_real<F>(p[i]);
+        return load(converted);
+    }
+}
+template <typename T, typename F>
+PARROT_INLINE void store_as(T* p, Vec<F> v) {
+    constexpr int W = kLanes<F>;
+    if constexpr (sizeof(T) == sizeof(F)) {
+        store(reinterpret_cast<F*>(p), v);
+#if defined(__AVX512F__)
+    } else if constexpr (std::is_same<T, half>::value) {
+        const __m256i bits = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+#elif defined(__F16C__)
+    } else if constexpr (std::is_same<T, half>::value) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+    } else if constexpr (std::is_same<T, bfloat16>::value) {  // as to_bf16
+        typedef uint16_t Bits __attribute__((vector_size(2 * W)));
+        const IntVec<F> bits = bit_cast<IntVec<F>>(v);
+        const IntVec<F> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        const IntVec<F> chosen = (bits & 0x7fffffff) > 0x7f800000 ? ((bits >> 16) | 0x40) : rounded;
+        const Bits narrow = __builtin_convertvector(chosen, Bits);
+        std::memcpy(p, &narrow, sizeof(narrow));
+    } else {
+        for (int i = 0; i < W; ++i) p[i] = from_real<T, F>(v[i]);
+    }
+}
+
+// The same for the first `count` lanes only; the others are zero.
+template <typename T, typename F>
+PARROT_INLINE Vec<F> load_some(const T* p, int count) {
+    if (count == kLanes<F>) return load_as<T, F>(p);
+    T padded[kLanes<F>] = {};
+    for (int i = 0; i < count; ++i) padded[i] = p[i];
+    return load_as<T, F>(padded);
+}
+template <typename T, typename F>
+PARROT_INLINE void store_some(T* p, Vec<F> v, int count) {
+    if (count == kLanes<F>) return store_as<T, F>(p, v);
+    T padded[kLanes<F>];
+    store_as<T, F>(padded, v);
+    for (int i = 0; i < count; ++i) p[i] = padded[i];
+}
+
 // The dtype T of inputs and the compute dtype F that goes with it, called as function(T{}, F{}).
 template <typename Function>
 inline void for_dtype(DType dtype, Function&& function) {
@@ -163,9 +228,8 @@ template <typename T, typename F>
 inline void load_tile(F* tile, const T* plane, const Strip& strip) {
     constexpr int lanes = kLanes<F>;
     int step = 0;
-    if (sizeof(T) == sizeof(F) && strip.channel_stride == 1 && strip.channels == lanes) {
-        for (; step < strip.steps; ++step)
-            store(tile + step * lanes, load(reinterpret_cast<const F*>(plane) + strip.offset(0, step)));
+    if (strip.channel_stride == 1 && strip.channels == lanes) {
+        for (; step < strip.steps; ++step) store(tile + step * lanes, load_as<T, F>(plane + strip.offset(0, step)));
         return;
     }
     if (strip.channels < lanes) std::memset(static_cast<void*>(tile), 0, sizeof(F) * lanes * strip.steps);
@@ -178,14 +242,7 @@ inline void load_tile(F* tile, const T* plane, const Strip& strip) {
                     rows[c] = Vec<F>{};
                     continue;
                 }
-                const T* row = plane + c * strip.channel_stride + low;
-                if (sizeof(T) == sizeof(F)) {
-                    rows[c] = load(reinterpret_cast<const F*>(row));
-                } else {
-                    F converted[lanes];
-                    for (int i = 0; i < lanes; ++i) converted[i] = to_real<F>(row[i]);
-                    rows[c] = load(converted);
-                }
+                rows[c] = load_as<T, F>(plane + c * strip.channel_stride + low);
             }
             transpose<F>(rows);
             for (int i = 0; i < lanes; ++i) store(tile + (step + (strip.reverse ? lanes - 1 - i : i)) * lanes, rows[i]);
@@ -200,9 +257,8 @@ template <typename T, typename F>
 inline void store_tile(T* plane, const F* tile, const Strip& strip) {
     constexpr int lanes = kLanes<F>;
     int step = 0;
-    if (sizeof(T) == sizeof(F) && strip.channel_stride == 1 && strip.channels == lanes) {
-        for (; step < strip.steps; ++step)
-            store(reinterpret_cast<F*>(plane) + strip.offset(0, step), load(tile + step * lanes));
+    if (strip.channel_stride == 1 && strip.channels == lanes) {
+        for (; step < strip.steps; ++step) store_as<T, F>(plane + strip.offset(0, step), load(tile + step * lanes));
         return;
     }
     if (strip.time_stride == 1) {
@@ -211,14 +267,7 @@ inline void store_tile(T* plane, const F* tile, const Strip& strip) {
             for (int i = 0; i < lanes; ++i) rows[i] = load(tile + (step + (strip.reverse ? lanes - 1 - i : i)) * lanes);
             transpose<F>(rows);
             const int64_t low = strip.reverse ? strip.first - step - (lanes - 1) : strip.first + step;
-            for (int c = 0; c < strip.channels; ++c) {
-                T* row = plane + c * strip.channel_stride + low;
-                if (sizeof(T) == sizeof(F)) {
-                    store(reinterpret_cast<F*>(row), rows[c]);
-                } else {
-                    for (int i = 0; i < lanes; ++i) row[i] = from_real<T, F>(rows[c][i]);
-                }
-            }
+            for (int c = 0; c < strip.channels; ++c) store_as<T, F>(plane + c * strip.channel_stride + low, rows[c]);
         }
     }
     for (; step < strip.steps; ++step)

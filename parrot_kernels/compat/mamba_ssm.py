@@ -146,13 +146,23 @@ def selective_state_update_ref(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """`selective_state_update` through one step of `selective_scan_ref`'s formula, for states without heads."""
-    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-    dt = (F.softplus(dt) if dt_softplus else dt).unsqueeze(-1)
-    B, C = B.float().unsqueeze(1), C.float().unsqueeze(1)
-    state.copy_(torch.exp(dt * A.float()) * state.float() + dt * B * x.float().unsqueeze(-1))
-    out = (state.float() * C).sum(-1) + (0 if D is None else D.float() * x.float())
-    return (out if z is None else out * F.silu(z.float())).to(x.dtype)
+    """`selective_state_update` as a formula; like the kernel it computes out from the state before that is rounded."""
+    batch, dstate = state.shape[0], state.shape[-1]
+    rows = state.float().view(batch, -1, dstate)  # heads and channels as one dimension
+
+    def per_channel(matrix: Tensor) -> Tensor:
+        groups = matrix.float().view(batch, -1, dstate)
+        return groups.repeat_interleave(rows.shape[1] // groups.shape[1], 1)
+
+    u, dt = x.float().reshape(batch, -1), dt.float().reshape(batch, -1)
+    dt = dt if dt_bias is None else dt + dt_bias.float().reshape(-1)
+    dt = F.softplus(dt) if dt_softplus else dt
+    decay = torch.exp(dt.unsqueeze(-1) * A.float().reshape(-1, dstate))
+    rows = decay * rows + (dt * u).unsqueeze(-1) * per_channel(B)
+    state.copy_(rows.view(state.shape))
+    out = (rows * per_channel(C)).sum(-1) + (0 if D is None else D.float().reshape(-1) * u)
+    out = out if z is None else out * F.silu(z.float().reshape(batch, -1))
+    return out.view(x.shape).to(x.dtype)
 
 
 def mamba_inner_fn(
