@@ -94,6 +94,8 @@ void forward_tile(const ConvTile<T, F>& tile, int width, bool silu_after, int64_
     if (WIDTH > 0) std::memcpy(weight, tile.weight.get(), sizeof(weight));
     const F* const filter = WIDTH > 0 ? weight : tile.weight.get();
     for (int64_t i = 0; i < steps; ++i) {
+        __builtin_prefetch(tile.rows[i + width - 1] + d + W);  // for the next channels
+        __builtin_prefetch(tile.to[i] + d + W, 1);
         const Vec<F> pre = tile.template convolve<WIDTH, MIXED>(width, filter, i, d, count);
         store_some<T, F>(tile.to[i] + d, silu_after ? silu<F>(pre) : pre, count);
     }

@@ -146,6 +146,11 @@ void forward_row(const CausalConv1dForward& p, const ConvRow<T, F>& row, const C
         }
         row.write_times(p.out, out, t, count);
     }
+}
+
+template <typename T, typename F>
+void finish_row(const CausalConv1dForward& p, const ConvRow<T, F>& row) {
+    const ConvLine& line = row.line;
     row.clear_padding(p.out);
     for (int k = 0; k < line.width - 1; ++k) {
         const int64_t e = line.length + k, q = row.place(e);
@@ -221,13 +226,128 @@ void backward_row(const CausalConv1dBackward& p, const ConvRow<T, F>& row, const
                 row.row(p.dinitial_state)[j * p.dinitial_state.stride[2]] = from_real<T, F>(dplaces[at]);
         }
     }
-    row.clear_padding(p.dx);
     for (int k = 0; k < width; ++k) sums[k] = sum_lanes<F>(load(totals + k * W));
     sums[width] = sum_lanes<F>(dbias);
 }
 
-// run(row, filter, ids) for every (batch, channel), which threads share. `Scratch` is made by each of them.
-template <typename T, typename F, typename Scratch, typename Run>
+// W lanes of two vectors in a row, from `count` lanes before the second on.
+template <typename F, int count>
+PARROT_INLINE Vec<F> shifted(Vec<F> before, Vec<F> v) {
+    constexpr int W = kLanes<F>;
+#if defined(__clang__)
+    F lanes[2 * W];
+    store(lanes, before), store(lanes + W, v);
+    return load(lanes + W - count);
+#else
+    IntVec<F> index;
+    PARROT_UNROLL
+    for (int i = 0; i < W; ++i) index[i] = W - count + i;
+    return __builtin_shuffle(before, v, index);
+#endif
+}
+
+// The plain case, one sequence in the order of time along contiguous memory, in registers: every element is read once,
+// and the taps are shuffles of two neighbouring vectors.
+template <typename F, int WIDTH>
+struct Taps {
+    static constexpr int W = kLanes<F>;
+    F weight[WIDTH], bias;
+
+    explicit Taps(const ConvTap<F>& filter) : bias(filter.bias) {
+        for (int k = 0; k < WIDTH; ++k) weight[k] = filter.weight[k];
+    }
+    // tap(k, vector of the inputs that tap k reads)
+    template <int k = 0, typename Body>
+    static PARROT_INLINE void each(Vec<F> before, Vec<F> x, Body&& body) {
+        body(k, shifted<F, WIDTH - 1 - k>(before, x));
+        if constexpr (k + 1 < WIDTH) each<k + 1>(before, x, body);
+    }
+    PARROT_INLINE Vec<F> convolve(Vec<F> before, Vec<F> x) const {
+        Vec<F> total = broadcast(bias);
+        each(before, x, [&](int k, Vec<F> v) { total += weight[k] * v; });
+        return total;
+    }
+    // The W - 1 inputs before time 0, in the last lanes.
+    template <typename T>
+    static Vec<F> history(const ConvRow<T, F>& row) {
+        F lanes[W] = {};
+        for (int j = 0; row.p.initial_state && j < WIDTH - 1; ++j)
+            lanes[W - (WIDTH - 1) + j] = to_real<F>(row.row(row.p.initial_state)[j * row.p.initial_state.stride[2]]);
+        return load(lanes);
+    }
+};
+
+// The outputs that read the inputs at the place of `before` through tap k.
+template <typename F, int WIDTH, int k = 0, typename Body>
+PARROT_INLINE void each_after(Vec<F> before, Vec<F> after, Body&& body) {
+    body(k, shifted<F, kLanes<F> - (WIDTH - 1 - k)>(before, after));
+    if constexpr (k + 1 < WIDTH) each_after<F, WIDTH, k + 1>(before, after, body);
+}
+
+template <typename T, typename F, int WIDTH>
+void forward_plain(const CausalConv1dForward& p, const ConvRow<T, F>& row, const ConvTap<F>& filter) {
+    constexpr int W = kLanes<F>;
+    const Taps<F, WIDTH> taps(filter);
+    const T* const x = row.row(p.x);
+    T* const out = row.row(p.out);
+    Vec<F> before = taps.history(row);
+    auto step = [&](int64_t t, Vec<F> now) {
+        const Vec<F> pre = taps.convolve(before, now);
+        before = now;
+        return p.silu ? silu<F>(pre) : pre;
+    };
+    int64_t t = 0;
+    for (; t + W <= row.line.length; t += W) store_as<T, F>(out + t, step(t, load_as<T, F>(x + t)));
+    const int rest = static_cast<int>(row.line.length - t);
+    if (rest > 0) store_some<T, F>(out + t, step(t, load_some<T, F>(x + t, rest)), rest);
+}
+
+template <typename T, typename F, int WIDTH>
+void backward_plain(const CausalConv1dBackward& p, const ConvRow<T, F>& row, const ConvTap<F>& filter, F* sums) {
+    constexpr int W = kLanes<F>, history = WIDTH - 1;
+    const Taps<F, WIDTH> taps(filter);
+    const T *const x = row.row(p.x), *const grad_out = row.row(p.grad_out);
+    T* const dx = row.row(p.dx);
+    Vec<F> before = taps.history(row), dbefore{}, dbias{}, dweight[WIDTH] = {};
+    // The gradient of the vector of inputs before the outputs whose gradients are dpre.
+    auto input_gradient = [&](Vec<F> dpre) {
+        Vec<F> total{};
+        each_after<F, WIDTH>(dbefore, dpre, [&](int k, Vec<F> d) { total += taps.weight[k] * d; });
+        dbefore = dpre;
+        return total;
+    };
+    auto step = [&](Vec<F> now, Vec<F> dout) {
+        const Vec<F> dpre = p.silu ? dout * silu_derivative<F>(taps.convolve(before, now)) : dout;
+        taps.each(before, now, [&](int k, Vec<F> v) { dweight[k] += dpre * v; });
+        dbias += dpre;
+        before = now;
+        return input_gradient(dpre);
+    };
+    const int64_t length = row.line.length;
+    int64_t t = 0;
+    for (; t < length; t += W) {
+        const int count = static_cast<int>(length - t < W ? length - t : W);
+        const Vec<F> d = step(load_some<T, F>(x + t, count), load_some<T, F>(grad_out + t, count));
+        if (t > 0) {
+            store_as<T, F>(dx + t - W, d);
+        } else if (p.dinitial_state) {
+            for (int j = 0; j < history; ++j)
+                row.row(p.dinitial_state)[j * p.dinitial_state.stride[2]] = from_real<T, F>(d[W - history + j]);
+        }
+    }
+    store_some<T, F>(dx + t - W, input_gradient(Vec<F>{}), static_cast<int>(length - (t - W)));
+    for (int k = 0; k < WIDTH; ++k) sums[k] = sum_lanes<F>(dweight[k]);
+    sums[WIDTH] = sum_lanes<F>(dbias);
+}
+
+template <typename F>
+struct ConvScratch {
+    Buffer<F> places, dpre, dplaces, totals;
+    ConvScratch(int64_t size, int width) : places(size), dpre(size), dplaces(size), totals((width + 1) * kLanes<F>) {}
+};
+
+// run(row, filter, ids, scratch) for every (batch, channel), which threads share.
+template <typename T, typename F, typename Run>
 void for_rows(const CausalConv1dInputs& p, int num_threads, Run&& run) {
     const int64_t batch = p.x.size[0], dim = p.x.size[1];
     const int width = static_cast<int>(p.weight.size[1]);
@@ -235,7 +355,7 @@ void for_rows(const CausalConv1dInputs& p, int num_threads, Run&& run) {
 #pragma omp parallel num_threads(num_threads)
     {
         const FlushDenormals flush;
-        const Scratch scratch(ConvRow<T, F>::kTile + 3 * width + 3 * kLanes<F>, width);
+        const ConvScratch<F> scratch(ConvRow<T, F>::kTile + 3 * width + 3 * kLanes<F>, width);
         ConvTap<F> filter(width);
         if (p.seq_idx) {
 #pragma omp for schedule(static)
@@ -251,35 +371,40 @@ void for_rows(const CausalConv1dInputs& p, int num_threads, Run&& run) {
     }
 }
 
-template <typename F>
-struct ConvScratch {
-    Buffer<F> places, dpre, dplaces, totals;
-    ConvScratch(int64_t size, int width) : places(size), dpre(size), dplaces(size), totals((width + 1) * kLanes<F>) {}
-};
-
 template <typename T, typename F>
 void conv_forward_by_time(const CausalConv1dForward& p) {
-    auto run = [&](auto width, auto packed) {
-        for_rows<T, F, ConvScratch<F>>(
-            p, p.num_threads, [&](const auto& row, const auto& filter, auto ids, const auto& s) {
-                forward_row<T, F, width.value, packed.value>(p, row, filter, ids, s.places.get(), s.dpre.get());
-            });
-    };
-    for_width(p, run);
+    const bool contiguous = !p.reverse && p.x.stride[2] == 1 && p.out.stride[2] == 1;
+    for_width(p, [&](auto width, auto packed) {
+        for_rows<T, F>(p, p.num_threads, [&](const auto& row, const auto& filter, auto ids, const auto& s) {
+            if constexpr (width.value > 0 && width.value <= kLanes<F> && !packed.value) {
+                if (contiguous) {
+                    forward_plain<T, F, width.value>(p, row, filter);
+                    return finish_row(p, row);
+                }
+            }
+            forward_row<T, F, width.value, packed.value>(p, row, filter, ids, s.places.get(), s.dpre.get());
+            finish_row(p, row);
+        });
+    });
 }
 
+// sums: by batch entry, channel, tap and, last, bias.
 template <typename T, typename F>
 void conv_backward_by_time(const CausalConv1dBackward& p, F* sums) {
     const int64_t dim = p.x.size[1], width = p.weight.size[1];
-    auto run = [&](auto known, auto packed) {
-        for_rows<T, F, ConvScratch<F>>(p, p.num_threads,
-                                       [&](const auto& row, const auto& filter, auto ids, const auto& s) {
-                                           backward_row<T, F, known.value, packed.value>(
-                                               p, row, filter, ids, s.places.get(), s.dpre.get(), s.dplaces.get(),
-                                               sums + (row.b * dim + row.d) * (width + 1), s.totals.get());
-                                       });
-    };
-    for_width(p, run);
+    const bool contiguous = !p.reverse && p.x.stride[2] == 1 && p.dx.stride[2] == 1 && p.grad_out &&
+                            p.grad_out.stride[2] == 1 && !p.grad_final_state;
+    for_width(p, [&](auto known, auto packed) {
+        for_rows<T, F>(p, p.num_threads, [&](const auto& row, const auto& filter, auto ids, const auto& s) {
+            F* const to = sums + (row.b * dim + row.d) * (width + 1);
+            row.clear_padding(p.dx);
+            if constexpr (known.value > 0 && known.value <= kLanes<F> && !packed.value) {
+                if (contiguous && row.line.length > 0) return backward_plain<T, F, known.value>(p, row, filter, to);
+            }
+            backward_row<T, F, known.value, packed.value>(p, row, filter, ids, s.places.get(), s.dpre.get(),
+                                                          s.dplaces.get(), to, s.totals.get());
+        });
+    });
 }
 
 }  // namespace PARROT_ISA
