@@ -144,28 +144,51 @@ void forward_task(const CausalConv1dForward& p, const ConvTile<T, F>& tile, cons
     }
 }
 
-// dpre[i]: gradient before the activation at the i-th step of tile.grads, which reads tile.rows[i] on. Those from
-// `own` on count in the sums, whose gradients are of the filter, by tap, and of the bias.
+// The gradients dpre before the activation of the outputs at tile.grads, the i-th of which reads tile.rows[i] on, with
+// W-1 zeros on either side. Outputs from `own` on count in the sums: the gradients of the filter, by tap, and the bias.
 template <typename T, typename F, int WIDTH, bool MIXED>
 void backward_outputs(const ConvTile<T, F>& tile, int width, bool silu_after, int64_t steps, int64_t own, int64_t d,
                       int count) {
-    constexpr int W = kLanes<F>;
-    const F* const filter = tile.weight.get();
-    F* const sums = tile.sums.get();
+    constexpr int W = kLanes<F>, kKept = WIDTH > 0 ? WIDTH + 1 : 1;
+    F kept_weight[kKept * W], kept_sums[kKept * W];
+    F* const filter = WIDTH > 0 ? kept_weight : tile.weight.get();
+    F* const sums = WIDTH > 0 ? kept_sums : tile.sums.get();
+    if (WIDTH > 0) std::memcpy(kept_weight, tile.weight.get(), sizeof(kept_weight));
     clear(sums, (width + 1) * W);
-    Vec<F> dbias{};
+    F* const dpre = tile.dpre.get() + (width - 1) * W;
+    clear(tile.dpre.get(), (width - 1) * W);
+    clear(dpre + steps * W, (width - 1) * W);
     for (int64_t i = 0; i < steps; ++i) {
-        Vec<F> dpre = tile.grads[i] ? load_some<T, F>(tile.grads[i] + d, count) : Vec<F>{};
-        if (silu_after) dpre *= silu_derivative<F>(tile.template convolve<WIDTH, MIXED>(width, filter, i, d, count));
-        store(tile.dpre.get() + i * W, dpre);
+        __builtin_prefetch(tile.rows[i + width - 1] + d + W);  // for the next channels
+        Vec<F> value{};
+        if (tile.grads[i]) {
+            __builtin_prefetch(tile.grads[i] + d + W);
+            value = load_some<T, F>(tile.grads[i] + d, count);
+        }
+        if (silu_after) value *= silu_derivative<F>(tile.template convolve<WIDTH, MIXED>(width, filter, i, d, count));
+        store(dpre + i * W, value);
         if (i < own) continue;
-        dbias += dpre;
+        store(sums + width * W, load(sums + width * W) + value);
         for_taps<WIDTH>(width, [&](int k) {
             if (!MIXED || tile.ids[i + k] == tile.ids[i + width - 1])
-                store(sums + k * W, load(sums + k * W) + dpre * load_some<T, F>(tile.rows[i + k] + d, count));
+                store(sums + k * W, load(sums + k * W) + value * load_some<T, F>(tile.rows[i + k] + d, count));
         });
     }
-    store(sums + width * W, dbias);
+    if (WIDTH > 0) std::memcpy(tile.sums.get(), kept_sums, sizeof(kept_sums));
+}
+
+// The gradient of the row that the output `i` of backward_outputs reads through its last tap.
+template <typename T, typename F, int WIDTH, bool MIXED>
+PARROT_INLINE Vec<F> backward_row(const ConvTile<T, F>& tile, int width, const F* filter, int64_t steps, int64_t i) {
+    constexpr int W = kLanes<F>;
+    const F* const dpre = tile.dpre.get() + (width - 1) * W;
+    Vec<F> total{};
+    for_taps<WIDTH>(width, [&](int k) {
+        const int64_t output = i + width - 1 - k;
+        if (MIXED && (output < 0 || output >= steps || tile.ids[output + k] != tile.ids[output + width - 1])) return;
+        total += load(filter + k * W) * load(dpre + output * W);
+    });
+    return total;
 }
 
 template <typename T, typename F, int WIDTH, bool PACKED>
@@ -196,14 +219,13 @@ void backward_task(const CausalConv1dBackward& p, const ConvTile<T, F>& tile, co
                        : backward_outputs<T, F, WIDTH, false>(tile, width, p.silu, steps, own, d, count);
         for (int c = 0; c < count; ++c)
             for (int k = 0; k <= width; ++k) sums[(d + c) * (width + 1) + k] = tile.sums[k * W + c];
+        F filter[(WIDTH > 0 ? WIDTH : 1) * W];
+        if (WIDTH > 0) std::memcpy(filter, tile.weight.get(), sizeof(filter));
+        const F* const weight = WIDTH > 0 ? filter : tile.weight.get();
         for (int64_t e = first; e < first + rows; ++e) {
-            Vec<F> total{};
-            for_taps<WIDTH>(width, [&](int k) {
-                const int64_t i = e - k - low;
-                if (i < 0 || i >= steps) return;
-                if (PACKED && mixed && tile.ids[i + k] != tile.ids[i + before]) return;
-                total += load(tile.weight.get() + k * W) * load(tile.dpre.get() + i * W);
-            });
+            const int64_t i = e - before - low;
+            Vec<F> total = PACKED && mixed ? backward_row<T, F, WIDTH, true>(tile, width, weight, steps, i)
+                                           : backward_row<T, F, WIDTH, false>(tile, width, weight, steps, i);
             if (grad && e >= line.length && !line.dropped(e)) {
                 F lanes[W] = {};
                 for (int c = 0; c < count; ++c)
@@ -212,7 +234,9 @@ void backward_task(const CausalConv1dBackward& p, const ConvTile<T, F>& tile, co
                 total += load(lanes);
             }
             if (e >= before) {
-                store_some<T, F>(at(line.time(e - before)) + d, total, count);
+                T* const to = at(line.time(e - before)) + d;
+                __builtin_prefetch(to + W, 1);
+                store_some<T, F>(to, total, count);
             } else if (dstate) {
                 for (int c = 0; c < count; ++c)
                     dstate.ptr<T>()[b * dstate.stride[0] + (d + c) * dstate.stride[1] + e * dstate.stride[2]] =

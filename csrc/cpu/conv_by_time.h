@@ -148,15 +148,22 @@ void forward_row(const CausalConv1dForward& p, const ConvRow<T, F>& row, const C
     }
 }
 
+// What is left of a row: the steps after the sequence, and the final state.
 template <typename T, typename F>
 void finish_row(const CausalConv1dForward& p, const ConvRow<T, F>& row) {
     const ConvLine& line = row.line;
     row.clear_padding(p.out);
+    T* const to = row.row(p.final_state);
     for (int k = 0; k < line.width - 1; ++k) {
-        const int64_t e = line.length + k, q = row.place(e);
-        F value;
-        row.read_line(&value, q, 1);
-        row.row(p.final_state)[k * p.final_state.stride[2]] = from_real<T, F>(line.dropped(e) ? F(0) : value);
+        const int64_t e = line.length + k, step = e - (line.width - 1);
+        T value{};
+        if (line.dropped(e))
+            value = T{};
+        else if (step >= 0)
+            value = row.row(p.x)[line.time(step) * p.x.stride[2]];
+        else if (p.initial_state)
+            value = row.row(p.initial_state)[e * p.initial_state.stride[2]];
+        to[k * p.final_state.stride[2]] = value;
     }
 }
 
