@@ -28,7 +28,11 @@ IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
         "cpu": frozenset(checks.FLOATS),
         "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
     },
-    "selective_scan": {"cpu": frozenset(checks.FLOATS), "cuda": frozenset(checks.FLOATS)},
+    "selective_scan": {
+        "cpu": frozenset(checks.FLOATS),
+        "cuda": frozenset(checks.FLOATS),
+        "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
+    },
     "causal_conv1d": {
         "cpu": frozenset(checks.FLOATS),
         "cuda": frozenset(checks.FLOATS),

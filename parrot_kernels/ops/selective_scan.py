@@ -246,9 +246,16 @@ def _cpu_backward(**arguments: Any) -> None:
     native.call_cpu("selective_scan_backward", **arguments)
 
 
+def _triton_forward(**arguments: Any) -> None:
+    from ..triton_kernels import selective_scan as kernels  # imports triton, which may be absent
+
+    kernels.forward(**arguments)
+
+
 KERNELS = {  # a backend that has no backward of its own yet borrows the reference's
     "torch": Kernels(reference.forward, reference.backward, checkpoints=True),
     "cpu": Kernels(_cpu_forward, _cpu_backward, checkpoints=True),
+    "triton": Kernels(_triton_forward, reference.backward, checkpoints=True),
     "cuda": Kernels(_cuda_forward, reference.backward, checkpoints=False),
 }
 

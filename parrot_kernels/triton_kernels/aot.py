@@ -28,7 +28,14 @@ from pathlib import Path
 
 from .specialization import Specialization, launch_options
 
-MODULES = ("sinkhorn_hadamard", "sinkhorn_hadamard_backward", "sinkhorn_streaming", "causal_conv1d", "reductions")
+MODULES = (
+    "sinkhorn_hadamard",
+    "sinkhorn_hadamard_backward",
+    "sinkhorn_streaming",
+    "selective_scan",
+    "causal_conv1d",
+    "reductions",
+)
 TRITON_ARCHS = ("80", "90", "100", "gfx942")
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
