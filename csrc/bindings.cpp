@@ -74,7 +74,7 @@ void bind_sinkhorn_hadamard(py::module_& m) {
         [](TensorView x, TensorView y, Optional a, Optional b, Optional x_lengths, Optional y_lengths,
            Optional cost_matrix, TensorView eps, const std::string& cost, std::optional<double> cost_scale, int n_iters,
            std::optional<double> tol, std::optional<double> rho_x, std::optional<double> rho_y, TensorView x_to_y,
-           TensorView y_to_x, TensorView x_hadamard, TensorView y_hadamard, TensorView f, TensorView g, Optional plan,
+           TensorView y_to_x, Optional x_hadamard, Optional y_hadamard, TensorView f, TensorView g, Optional plan,
            TensorView transport_cost, TensorView error, TensorView iterations, TensorView converged, TensorView scale,
            Optional f_history, Optional g_history, int num_threads) {
             constexpr double infinity = std::numeric_limits<double>::infinity();
@@ -85,7 +85,7 @@ void bind_sinkhorn_hadamard(py::module_& m) {
             p.cost = cost_kind(cost), p.cost_scale = cost_scale.value_or(0.0);
             p.n_iters = n_iters, p.tol = tol.value_or(-1.0);
             p.rho_x = rho_x.value_or(infinity), p.rho_y = rho_y.value_or(infinity);
-            p.x_to_y = x_to_y, p.y_to_x = y_to_x, p.x_hadamard = x_hadamard, p.y_hadamard = y_hadamard;
+            p.x_to_y = x_to_y, p.y_to_x = y_to_x, p.x_hadamard = given(x_hadamard), p.y_hadamard = given(y_hadamard);
             p.f = f, p.g = g, p.plan = given(plan), p.transport_cost = transport_cost, p.error = error;
             p.iterations = iterations, p.converged = converged, p.scale = scale;
             p.f_history = given(f_history), p.g_history = given(g_history);

@@ -271,7 +271,16 @@ def test_opcheck(backend, device, case, gradient):
     inputs = [t.to(torch.int32) if t is not None and not t.is_floating_point() else t for t in inputs]
     inputs.append(arguments.get("eps", torch.full((2,), 0.05, device=device)))
     inputs = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
-    numbers = [12.0, -1.0, -1.0, -1.0, 0.7, 1.0, 1.0]  # without tol, which leaves a part of the histories unwritten
+    numbers = [
+        12.0,
+        -1.0,
+        -1.0,
+        -1.0,
+        0.7,
+        1.0,
+        1.0,
+        1.0,
+    ]  # without tol, which leaves a part of the histories unwritten
     kind = "euclidean" if inputs[6] is None else "matrix"
     torch.library.opcheck(module._forward, (*inputs, kind, gradient, backend, numbers))
 

@@ -7,6 +7,7 @@ import torch
 from sinkhorn_cases import CASES, problem
 from torch import Tensor
 
+from parrot_kernels import backends
 from parrot_kernels.ops.sinkhorn_hadamard import sinkhorn_hadamard
 from parrot_kernels.ops.sinkhorn_transport import sinkhorn_plan, sinkhorn_transport
 
@@ -61,3 +62,20 @@ def test_errors(function):
         function(x, y, eps=0.0)
     with pytest.raises(TypeError, match="return_plan"):
         function(x, y, return_plan=True)
+
+
+@pytest.mark.parametrize("gradient", ["unrolled", "implicit", "detached"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_without_products_everything_else_is_the_same(backend, gradient):
+    if (why := backends.why_not("sinkhorn_hadamard", backend, "cpu", torch.float32)) is not None:
+        pytest.skip(why)
+    x, y = (torch.randn(3, n, 33, requires_grad=True) for n in (9, 14))
+    options = {"x_lengths": torch.tensor([9, 0, 4]), "gradient": gradient, "backend": backend, "return_plan": True}
+    with_products, without = (sinkhorn_hadamard(x, y, **options, return_hadamard=wanted) for wanted in (True, False))
+    assert without.x_hadamard is None and without.y_hadamard is None
+    for name, got in without._asdict().items():
+        if name not in ("x_hadamard", "y_hadamard"):
+            assert torch.equal(got, getattr(with_products, name)), name
+    cotangents = torch.randn_like(without.x_to_y), torch.randn_like(without.y_to_x)
+    got, want = (torch.autograd.grad((out.x_to_y, out.y_to_x), (x, y), cotangents) for out in (without, with_products))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

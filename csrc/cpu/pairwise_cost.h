@@ -77,11 +77,10 @@ struct PairwiseCost {
             if (team.rank == 0) find_centre();
             team.barrier();
         }
-        team.for_each(n_pad / kLanes<T>, [&](int64_t group) {
-            for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T>; ++i)
+        team.for_each(n_pad / kLanes<T>, m_pad / kLanes<T>, [&](bool of_x, int64_t group) {
+            for (int64_t i = group * kLanes<T>; of_x && i < (group + 1) * kLanes<T>; ++i)
                 prepare_row(x, x_rows, x_norms, i, i < n);
-        });
-        team.for_each(m_pad / kLanes<T>, [&](int64_t group) {
+            if (of_x) return;
             for (int64_t j = group * kLanes<T>; j < (group + 1) * kLanes<T>; ++j)
                 prepare_row(y, y_rows, y_norms, j, j < m);
             for (int64_t d = 0; d < features; d += kLanes<T>) {

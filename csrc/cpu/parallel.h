@@ -60,6 +60,12 @@ struct Team {
         barrier();
     }
 
+    // body(true, i) for i < rows and body(false, j) for j < columns, with one barrier.
+    template <typename Body>
+    PARROT_INLINE void for_each(int64_t rows, int64_t columns, Body&& body) const {
+        for_each(rows + columns, [&](int64_t i) { i < rows ? body(true, i) : body(false, i - rows); });
+    }
+
     void barrier() const {
         if (size > 1) meeting->wait(size);
     }

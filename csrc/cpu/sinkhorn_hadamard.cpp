@@ -66,12 +66,12 @@ struct ForwardProblem {
         const T* none = nullptr;
         for (int64_t i = 0; i < N; ++i) {
             write_row(RowView(p.y_to_x, problem, i), none, 0, features);
-            write_row(RowView(p.x_hadamard, problem, i), none, 0, features);
+            if (p.x_hadamard) write_row(RowView(p.x_hadamard, problem, i), none, 0, features);
             if (p.plan) write_row(RowView(p.plan, problem, i), none, 0, M);
         }
         for (int64_t j = 0; j < M; ++j) {
             write_row(RowView(p.x_to_y, problem, j), none, 0, features);
-            write_row(RowView(p.y_hadamard, problem, j), none, 0, features);
+            if (p.y_hadamard) write_row(RowView(p.y_hadamard, problem, j), none, 0, features);
         }
         write_row(RowView(p.f, problem), none, 0, N);
         write_row(RowView(p.g, problem), none, 0, M);
@@ -86,15 +86,13 @@ struct ForwardProblem {
         element<T>(p.scale, problem) = scale;
     }
 
-    static void read_points(const Team& team, const TensorView& from, int64_t problem, int64_t count, int64_t padded,
-                            int64_t features, int64_t stride, T* out) {
-        team.for_each(padded / kLanes<T>, [&](int64_t group) {
-            for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T>; ++i) {
-                T* row = out + i * stride;
-                if (i < count) read_row(RowView(from, problem, i), features, row);
-                for (int64_t d = i < count ? features : 0; d < stride; ++d) row[d] = 0;
-            }
-        });
+    static void read_points(const TensorView& from, int64_t problem, int64_t group, int64_t count, int64_t features,
+                            int64_t stride, T* out) {
+        for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T>; ++i) {
+            T* row = out + i * stride;
+            if (i < count) read_row(RowView(from, problem, i), features, row);
+            for (int64_t d = i < count ? features : 0; d < stride; ++d) row[d] = 0;
+        }
     }
 
     __attribute__((noinline)) void cost_tile(int64_t tile) {
@@ -126,8 +124,12 @@ struct ForwardProblem {
 
     void prepare(const Team& team) {
         auto& it = iteration;
-        read_points(team, p.x, problem, it.n, it.n_pad, features, feature_stride, x);
-        read_points(team, p.y, problem, it.m, it.m_pad, features, feature_stride, y);
+        team.for_each(it.n_pad / L, it.m_pad / L, [&](bool rows, int64_t group) {
+            if (rows)
+                read_points(p.x, problem, group, it.n, features, feature_stride, x);
+            else
+                read_points(p.y, problem, group, it.m, features, feature_stride, y);
+        });
         if (p.cost != CostKind::matrix) pairwise.prepare(team);
         team.for_each(row_tiles, [&](int64_t tile) { cost_tile(tile); });
         scale = find_scale();
@@ -144,10 +146,15 @@ struct ForwardProblem {
         it.keep_potentials = it.tolerance || p.f_history || p.g_history || !it.balanced_x || !it.balanced_y;
     }
 
-    // One row of a projection and its product with the points: sums * factor and points * that.
+    // One row of a projection, sums * factor, and its product with the points if that is wanted.
     PARROT_INLINE void write_projection(const TensorView& projected, const TensorView& hadamard, int64_t row, T* sums,
                                         T factor, const T* point) const {
-        const RowView to(projected, problem, row), product(hadamard, problem, row);
+        const RowView to(projected, problem, row);
+        if (!hadamard) {
+            for (int64_t d = 0; d < features; d += L) store(sums + d, load(sums + d) * factor);
+            return write_row(to, sums, features, features);
+        }
+        const RowView product(hadamard, problem, row);
         T *to_plain = to.plain<T>(), *product_plain = product.plain<T>();
         int64_t d = 0;
         if (to_plain && product_plain)
@@ -210,29 +217,33 @@ struct ForwardProblem {
         auto& it = iteration;
         const int64_t vectors = feature_stride / L;
         const T* u = it.u[result.iterations & 1];
-        team.for_each(it.n_pad / kLanes<T>, [&](int64_t group) {
-            for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T> && i < it.n; ++i)
-                pack_row(x_packed, x + i * feature_stride, it.a[i] * u[i], i, it.n, vectors);
-        });
-        team.for_each(it.m_pad / kLanes<T>, [&](int64_t group) {
-            for (int64_t j = group * kLanes<T>; j < (group + 1) * kLanes<T> && j < it.m; ++j)
-                pack_row(y_packed, y + j * feature_stride, it.w[j], j, it.m, vectors);
+        team.for_each(it.n_pad / L, it.m_pad / L, [&](bool rows, int64_t group) {
+            const int64_t count = rows ? it.n : it.m;
+            for (int64_t i = group * L; i < (group + 1) * L && i < count; ++i)
+                if (rows)
+                    pack_row(x_packed, x + i * feature_stride, it.a[i] * u[i], i, it.n, vectors);
+                else
+                    pack_row(y_packed, y + i * feature_stride, it.w[i], i, it.m, vectors);
         });
         T* product = products + team.rank * kRowTile * feature_stride;
-        team.for_each(row_tiles, [&](int64_t tile) { finish_rows(tile, u, product); });
-        team.for_each((it.m_pad + kColumnTile - 1) / kColumnTile, [&](int64_t t) { finish_columns(t, product); });
+        team.for_each(row_tiles, (it.m_pad + kColumnTile - 1) / kColumnTile, [&](bool rows, int64_t tile) {
+            if (rows)
+                finish_rows(tile, u, product);
+            else
+                finish_columns(tile, product);
+        });
         if (team.rank != 0) return;
         T transport_cost = 0;
         for (int64_t tile = 0; tile < row_tiles; ++tile) transport_cost += tile_parts[tile];
         const T* none = nullptr;
         for (int64_t i = it.n; i < N; ++i) {
             write_row(RowView(p.y_to_x, problem, i), none, 0, features);
-            write_row(RowView(p.x_hadamard, problem, i), none, 0, features);
+            if (p.x_hadamard) write_row(RowView(p.x_hadamard, problem, i), none, 0, features);
             if (p.plan) write_row(RowView(p.plan, problem, i), none, 0, M);
         }
         for (int64_t j = it.m; j < M; ++j) {
             write_row(RowView(p.x_to_y, problem, j), none, 0, features);
-            write_row(RowView(p.y_hadamard, problem, j), none, 0, features);
+            if (p.y_hadamard) write_row(RowView(p.y_hadamard, problem, j), none, 0, features);
         }
         write_potentials(it.F[result.iterations & 1], p.f, p.f_history, result.iterations, it.n, N, it.h);
         write_potentials(it.G, p.g, p.g_history, result.iterations, it.m, M, it.w);

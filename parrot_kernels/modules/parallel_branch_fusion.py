@@ -44,7 +44,7 @@ class ParallelBranchFusion(nn.Module):
         for part in parts:
             checks.choice("ParallelBranchFusion", "parts", part, PARTS)
         self.parts = tuple(parts)
-        self.transport = SinkhornHadamard(**options)
+        self.transport = SinkhornHadamard(**options, return_hadamard=False)
 
     @property
     def solves_transport(self) -> bool:

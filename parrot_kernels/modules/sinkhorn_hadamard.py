@@ -27,6 +27,7 @@ class SinkhornHadamard(nn.Module):
         gradient: str = "unrolled",
         backend: str | None = None,
         return_plan: bool = False,
+        return_hadamard: bool = True,
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
@@ -39,6 +40,7 @@ class SinkhornHadamard(nn.Module):
             "gradient": gradient,
             "backend": backend,
             "return_plan": return_plan,
+            "return_hadamard": return_hadamard,
         }
 
     def forward(self, x: Tensor, y: Tensor, **overrides: Any) -> SinkhornHadamardOutput:

@@ -97,6 +97,7 @@ def sinkhorn_divergence(
             reach=reach,
             gradient="detached",
             backend=backend,
+            return_hadamard=False,
         )
         a, phi_x, rate_x = _dual_terms(a, out.f, x_lengths, eps, rho)
         b, phi_y, rate_y = _dual_terms(b, out.g, y_lengths, eps, rho)

@@ -25,8 +25,8 @@ class SinkhornHadamardOutput(NamedTuple):
     Attributes:
         x_to_y: (B, M, D), the x transported to each row of y, in the inputs' dtype.
         y_to_x: (B, N, D), the y transported to each row of x, likewise.
-        x_hadamard: (B, N, D), x * y_to_x.
-        y_hadamard: (B, M, D), y * x_to_y.
+        x_hadamard: (B, N, D), x * y_to_x, or None if it was not asked for.
+        y_hadamard: (B, M, D), y * x_to_y, likewise.
         f, g: (B, N) and (B, M), the dual potentials, in the compute dtype and in units of the scaled cost.
         plan: (B, N, M) in the compute dtype, or None if it was not asked for.
         cost: (B,), the transport cost <P, C> of the scaled cost.
@@ -38,8 +38,8 @@ class SinkhornHadamardOutput(NamedTuple):
 
     x_to_y: Tensor
     y_to_x: Tensor
-    x_hadamard: Tensor
-    y_hadamard: Tensor
+    x_hadamard: Tensor | None
+    y_hadamard: Tensor | None
     f: Tensor
     g: Tensor
     plan: Tensor | None
@@ -66,6 +66,7 @@ def sinkhorn_hadamard(
     gradient: str = "unrolled",
     backend: str | None = None,
     return_plan: bool = False,
+    return_hadamard: bool = True,
 ) -> SinkhornHadamardOutput:
     r"""Entropic transport between two sets of features, the features it carries over, and their Hadamard products.
 
@@ -109,6 +110,7 @@ def sinkhorn_hadamard(
             gradients flow to x and y where the plan multiplies them and to C in ``cost``.
         backend: "cpu", "cuda", "triton" or "torch"; by default chosen by device.
         return_plan: also return the plan.
+        return_hadamard: return the Hadamard products; without them less is computed and written.
 
     Returns:
         SinkhornHadamardOutput. Differentiable outputs: x_to_y, y_to_x, x_hadamard, y_hadamard and cost; except in
@@ -140,7 +142,7 @@ def sinkhorn_hadamard(
     checks.choice(OP, "backend", backend, (None, *backends.NAMES))
     _check_tensors(single, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
     rho_x, rho_y = _rho(reach, 2 if cost == "sqeuclidean" else 1)
-    numbers = _Numbers.pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan)
+    numbers = _Numbers.pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan, return_hadamard)
 
     dtype = checks.compute_dtype(x.dtype)
     a, b, cost_matrix = (_cast(t, dtype) for t in (a, b, cost_matrix))
@@ -156,8 +158,9 @@ def sinkhorn_hadamard(
         eps = x.new_full((x.shape[0],), eps, dtype=dtype)
 
     out = _call(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers)
+    products = out[2:4] if return_hadamard else (None, None)
     plan = out.plan if return_plan else None
-    results = (*out[:6], plan, out.transport_cost, out.error, out.iterations, out.converged)
+    results = (*out[:2], *products, out.f, out.g, plan, out.transport_cost, out.error, out.iterations, out.converged)
     if single:
         results = (None if t is None else t.squeeze(0) for t in results)
     return SinkhornHadamardOutput(*results)
@@ -218,10 +221,11 @@ class _Numbers(NamedTuple):
     rho_x: float | None
     rho_y: float | None
     return_plan: bool
+    return_hadamard: bool
     keep: bool  # whether a backward may follow
 
     @staticmethod
-    def pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan) -> list[float]:
+    def pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan, return_hadamard) -> list[float]:
         if isinstance(n_iters, bool) or not isinstance(n_iters, int):
             raise checks.error(OP, "n_iters", "an int", repr(n_iters), kind=TypeError)
         if n_iters < 1:
@@ -233,13 +237,13 @@ class _Numbers(NamedTuple):
             _check_number("cost_scale", cost_scale, 'a positive number or "max"')
         if tol is not None and tol != 0:
             _check_number("tol", tol, "None or a number that is not negative")
-        options = (n_iters, cost_scale, tol, rho_x, rho_y, bool(return_plan), False)
+        options = (n_iters, cost_scale, tol, rho_x, rho_y, bool(return_plan), bool(return_hadamard), False)
         return [-1.0 if value is None else float(value) for value in options]
 
     @classmethod
     def unpack(cls, numbers: Sequence[float]) -> _Numbers:
-        n_iters, *options, return_plan, keep = (None if value == -1.0 else value for value in numbers)
-        return cls(int(n_iters), *options, bool(return_plan), bool(keep))
+        n_iters, *options = (None if value == -1.0 else value for value in numbers)
+        return cls(int(n_iters), *options[:-3], *map(bool, options[-3:]))
 
 
 class Kernels(NamedTuple):
@@ -260,6 +264,18 @@ def _in_full_precision(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _with_products(launch: Callable[..., None]) -> Callable[..., None]:
+    """For kernels that always write the Hadamard products: a place for those that were not asked for."""
+
+    def run(*, x: Tensor, y: Tensor, x_hadamard: Tensor | None, y_hadamard: Tensor | None, **arguments: Any) -> None:
+        x_hadamard = torch.empty_like(arguments["y_to_x"]) if x_hadamard is None else x_hadamard
+        y_hadamard = torch.empty_like(arguments["x_to_y"]) if y_hadamard is None else y_hadamard
+        launch(x=x, y=y, x_hadamard=x_hadamard, y_hadamard=y_hadamard, **arguments)
+
+    return run
+
+
+@_with_products
 def _triton_forward(**arguments: Any) -> None:
     from ..triton_kernels import sinkhorn_hadamard, sinkhorn_streaming  # import triton, which may be absent
 
@@ -325,8 +341,8 @@ def _allocate(x, y, eps, gradient, options) -> _Forward:
     return _Forward(
         x_to_y=x.new_empty(batch, m, dim),
         y_to_x=x.new_empty(batch, n, dim),
-        x_hadamard=x.new_empty(batch, n, dim),
-        y_hadamard=x.new_empty(batch, m, dim),
+        x_hadamard=x.new_empty(batch, n, dim) if options.return_hadamard else x.new_empty(batch, 0),
+        y_hadamard=x.new_empty(batch, m, dim) if options.return_hadamard else x.new_empty(batch, 0),
         f=eps.new_empty(batch, n),  # eps has the compute dtype
         g=eps.new_empty(batch, m),
         plan=eps.new_empty(batch, n, m) if options.return_plan else eps.new_empty(batch, 0),
@@ -488,11 +504,11 @@ def _autograd(ctx, *gradients):
         a = b = eps = False
     needed = [x, y, a, b, cost_matrix, eps]
     inputs, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-    gradients = gradients[: len(DIFFERENTIABLE)]
+    gradients = [None if t is None or t.numel() == 0 else t for t in gradients[: len(DIFFERENTIABLE)]]
     # The op itself where the gradients are differentiated, which it refuses.
     once = not torch.is_grad_enabled() and eager.is_plain((*gradients, *inputs))
     run = _compute_backward if once else _backward
-    results = run(list(gradients), *inputs, list(saved), *ctx.options, needed)
+    results = run(gradients, *inputs, list(saved), *ctx.options, needed)
     x, y, a, b, cost_matrix, eps = (t if need else None for t, need in zip(results, needed, strict=True))
     return x, y, a, b, None, None, cost_matrix, eps, None, None, None, None
 

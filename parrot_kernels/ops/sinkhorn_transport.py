@@ -24,7 +24,7 @@ def sinkhorn_plan(x: Tensor, y: Tensor, **options: Any) -> Tensor:
 
     Raises: as sinkhorn_hadamard.
     """
-    return sinkhorn_hadamard(x, y, return_plan=True, **options).plan
+    return sinkhorn_hadamard(x, y, return_plan=True, return_hadamard=False, **options).plan
 
 
 def sinkhorn_transport(x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -34,12 +34,13 @@ def sinkhorn_transport(x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Te
 
     Args:
         x, y: points (B, N, D) and (B, M, D), or (N, D) and (M, D) for one problem.
-        options: keyword arguments of :func:`parrot_kernels.sinkhorn_hadamard`: all but ``return_plan``.
+        options: keyword arguments of :func:`parrot_kernels.sinkhorn_hadamard`: all but ``return_plan`` and
+            ``return_hadamard``.
 
     Returns:
         x_to_y (B, M, D) and y_to_x (B, N, D), or without B, in the inputs' dtype. Gradients as of sinkhorn_hadamard.
 
     Raises: as sinkhorn_hadamard.
     """
-    out = sinkhorn_hadamard(x, y, return_plan=False, **options)
+    out = sinkhorn_hadamard(x, y, return_plan=False, return_hadamard=False, **options)
     return out.x_to_y, out.y_to_x
