@@ -72,7 +72,8 @@ def test_without_products_everything_else_is_the_same(backend, gradient):
     x, y = (torch.randn(3, n, 33, requires_grad=True) for n in (9, 14))
     options = {"x_lengths": torch.tensor([9, 0, 4]), "gradient": gradient, "backend": backend, "return_plan": True}
     with_products, without = (sinkhorn_hadamard(x, y, **options, return_hadamard=wanted) for wanted in (True, False))
-    assert without.x_hadamard is None and without.y_hadamard is None
+    assert without.x_hadamard is None
+    assert without.y_hadamard is None
     for name, got in without._asdict().items():
         if name not in ("x_hadamard", "y_hadamard"):
             assert torch.equal(got, getattr(with_products, name)), name
