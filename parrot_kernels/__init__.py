@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .modules import BiMamba, Mamba, ParallelBranchFusion, SinkhornDivergence, SinkhornHadamard
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from .ops.parallel_branch_fusion import parallel_branch_fusion
 from .ops.selective_scan import selective_scan, selective_state_update
 from .ops.sinkhorn_divergence import sinkhorn_divergence
 from .ops.sinkhorn_hadamard import SinkhornHadamardOutput, sinkhorn_hadamard
@@ -21,6 +22,7 @@ __all__ = [
     "SinkhornHadamardOutput",
     "causal_conv1d",
     "causal_conv1d_update",
+    "parallel_branch_fusion",
     "selective_scan",
     "selective_state_update",
     "sinkhorn_divergence",

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..ops.parallel_branch_fusion import PARTS, TRANSPORTED, parallel_branch_fusion
 from .sinkhorn_hadamard import SinkhornHadamard
-
-PARTS = ("hadamard", "x_to_y", "y", "y_to_x", "x")
-TRANSPORTED = ("x_to_y", "y_to_x")
 
 
 class ParallelBranchFusion(nn.Module):
@@ -56,16 +54,16 @@ class ParallelBranchFusion(nn.Module):
         return len(self.parts) * dim
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Fuse x and y, both (N, D) or a batch of independent problems (B, N, D), into (..., N, len(parts) * D)."""
+        """Fuse x and y, both (N, D) or a batch of independent problems (B, N, D), into (..., N, len(parts) * D).
+
+        By :func:`parrot_kernels.parallel_branch_fusion` where there is a transported part.
+        """
+        if self.solves_transport:
+            options = {name: value for name, value in self.transport.options.items() if "return" not in name}
+            return parallel_branch_fusion(x, y, parts=self.parts, **options)
         if x.shape != y.shape:
             raise checks.error("ParallelBranchFusion", "y", f"of x's shape {tuple(x.shape)}", tuple(y.shape))
-        branches = {"x": x, "y": y}
-        if "hadamard" in self.parts:
-            branches["hadamard"] = x * y
-        if self.solves_transport:
-            transported = self.transport(x, y)
-            branches |= {"x_to_y": transported.x_to_y, "y_to_x": transported.y_to_x}
-        return torch.cat([branches[part] for part in self.parts], dim=-1)
+        return torch.cat([x * y if part == "hadamard" else x if part == "x" else y for part in self.parts], dim=-1)
 
     def plan(self, x: Tensor, y: Tensor) -> Tensor:
         """The transport plan (..., N, N) between the rows of x and of y."""

@@ -140,9 +140,9 @@ def sinkhorn_hadamard(
         checks.tensor(OP, "cost", cost_matrix)
     checks.choice(OP, "gradient", gradient, GRADIENTS)
     checks.choice(OP, "backend", backend, (None, *backends.NAMES))
-    _check_tensors(single, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
-    rho_x, rho_y = _rho(reach, 2 if cost == "sqeuclidean" else 1)
-    numbers = _Numbers.pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan, return_hadamard)
+    check_tensors(single, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
+    rho_x, rho_y = find_rho(reach, 2 if cost == "sqeuclidean" else 1)
+    numbers = Numbers.pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan, return_hadamard)
 
     dtype = checks.compute_dtype(x.dtype)
     a, b, cost_matrix = (_cast(t, dtype) for t in (a, b, cost_matrix))
@@ -151,11 +151,7 @@ def sinkhorn_hadamard(
         x, y, a, b, x_lengths, y_lengths, cost_matrix = (
             None if t is None else t.unsqueeze(0) for t in (x, y, a, b, x_lengths, y_lengths, cost_matrix)
         )
-    if isinstance(eps, Tensor):
-        eps = _cast(eps, dtype).expand(x.shape[0])
-    else:
-        _check_number("eps", eps)
-        eps = x.new_full((x.shape[0],), eps, dtype=dtype)
+    eps = eps_per_problem(eps, x)
 
     out = _call(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers)
     products = out[2:4] if return_hadamard else (None, None)
@@ -166,11 +162,20 @@ def sinkhorn_hadamard(
     return SinkhornHadamardOutput(*results)
 
 
+def eps_per_problem(eps: float | Tensor, x: Tensor) -> Tensor:
+    """(B,), in the compute dtype."""
+    dtype = checks.compute_dtype(x.dtype)
+    if isinstance(eps, Tensor):
+        return _cast(eps, dtype).expand(x.shape[0])
+    _check_number("eps", eps)
+    return x.new_full((x.shape[0],), eps, dtype=dtype)
+
+
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _check_tensors(single, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps) -> None:
+def check_tensors(single, x, y, a=None, b=None, x_lengths=None, y_lengths=None, cost_matrix=None, eps=None) -> None:
     sizes: dict[str, int] = {}
     batch = () if single else ("B",)
     checks.tensor(OP, "x", x, shape=(*batch, "N", "D"), dtypes=checks.FLOATS, sizes=sizes)
@@ -197,7 +202,7 @@ def _check_number(argument: str, value: object, wanted: str = "a positive number
         raise checks.error(OP, argument, wanted, value)
 
 
-def _rho(reach: float | Sequence[float | None] | None, power: int) -> tuple[float | None, float | None]:
+def find_rho(reach: float | Sequence[float | None] | None, power: int) -> tuple[float | None, float | None]:
     """The weight of each side's Kullback-Leibler divergence, None for balanced."""
     pair = tuple(reach) if isinstance(reach, tuple | list) else (reach, reach)
     wanted = "None, a positive number, or a pair (reach_x, reach_y) of these"
@@ -209,7 +214,7 @@ def _rho(reach: float | Sequence[float | None] | None, power: int) -> tuple[floa
     return tuple(None if side is None else side**power for side in pair)
 
 
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """The numbers among the options; they pass through the op as a list of floats in which -1 stands for None.
 
     One list, because the price of calling a differentiable custom op grows with the square of its arguments.
@@ -241,7 +246,7 @@ class _Numbers(NamedTuple):
         return [-1.0 if value is None else float(value) for value in options]
 
     @classmethod
-    def unpack(cls, numbers: Sequence[float]) -> _Numbers:
+    def unpack(cls, numbers: Sequence[float]) -> Numbers:
         n_iters, *options = (None if value == -1.0 else value for value in numbers)
         return cls(int(n_iters), *options[:-3], *map(bool, options[-3:]))
 
@@ -335,7 +340,7 @@ class _Forward(NamedTuple):
 DIFFERENTIABLE = _Forward._fields[:8]
 
 
-def _allocate(x, y, eps, gradient, options) -> _Forward:
+def allocate(x, y, eps, gradient, options) -> _Forward:
     (batch, n, dim), m, steps = x.shape, y.shape[1], options.n_iters
     history = options.keep and gradient == "unrolled"
     return _Forward(
@@ -356,7 +361,7 @@ def _allocate(x, y, eps, gradient, options) -> _Forward:
     )
 
 
-def _check_values(x, y, a, b, x_lengths, y_lengths, eps) -> None:
+def check_values(x, y, a, b, x_lengths, y_lengths, eps) -> None:
     """Read from CPU tensors only: elsewhere this would synchronise."""
     if x.device.type != "cpu" or x.shape[0] == 0:
         return
@@ -374,30 +379,19 @@ def _check_values(x, y, a, b, x_lengths, y_lengths, eps) -> None:
                 raise checks.error(OP, name, "finite and not negative", f"values from {low} to {high}")
 
 
+_TENSORS = ("x", "y", "a", "b", "x_lengths", "y_lengths", "cost_matrix", "eps")
 _INPUTS = (
     "Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor? x_lengths, Tensor? y_lengths, Tensor? cost_matrix, Tensor eps"
 )
 _OPTIONS = "str cost, str gradient, str? backend, float[] numbers"
 
 
-def _compute_forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
-    _check_values(x, y, a, b, x_lengths, y_lengths, eps)
-    kernels, options = _kernels(x, backend), _Numbers.unpack(numbers)
-    out = _allocate(x, y, eps, gradient, options)
-    if x.shape[0] * x.shape[1] * y.shape[1] == 0:
-        for tensor in out:
-            tensor.zero_()
-        out.converged.fill_(True)
-        return tuple(out)
+def launch_forward(
+    kernels: Kernels, inputs: tuple[Tensor | None, ...], cost: str, options: Numbers, out: _Forward
+) -> None:
+    """Run a backend's forward; ``inputs`` are those of the op, in its order."""
     kernels.forward(
-        x=x,
-        y=y,
-        a=a,
-        b=b,
-        x_lengths=x_lengths,
-        y_lengths=y_lengths,
-        cost_matrix=cost_matrix,
-        eps=eps,
+        **dict(zip(_TENSORS, inputs, strict=True)),
         cost=cost,
         cost_scale=options.cost_scale,
         n_iters=options.n_iters,
@@ -406,6 +400,18 @@ def _compute_forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, g
         rho_y=options.rho_y,
         **{name: tensor if tensor.numel() else None for name, tensor in out._asdict().items()},
     )
+
+
+def _compute_forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
+    check_values(x, y, a, b, x_lengths, y_lengths, eps)
+    kernels, options = _kernels(x, backend), Numbers.unpack(numbers)
+    out = allocate(x, y, eps, gradient, options)
+    if x.shape[0] * x.shape[1] * y.shape[1] == 0:
+        for tensor in out:
+            tensor.zero_()
+        out.converged.fill_(True)
+        return tuple(out)
+    launch_forward(kernels, (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps), cost, options, out)
     return tuple(out)
 
 
@@ -419,7 +425,7 @@ _forward = torch.library.custom_op(
 
 @_forward.register_fake
 def _(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
-    return tuple(_allocate(x, y, eps, gradient, _Numbers.unpack(numbers)))
+    return tuple(allocate(x, y, eps, gradient, Numbers.unpack(numbers)))
 
 
 def _allocate_gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor]:
@@ -431,24 +437,18 @@ def _allocate_gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool])
     ]
 
 
-def _compute_backward(
+def compute_backward(
     gradients, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, saved, cost, gradient, backend, numbers, needed
 ):
     results = _allocate_gradients((x, y, a, b, cost_matrix, eps), needed)
     if x.shape[0] * x.shape[1] * y.shape[1] == 0:
         return [t.zero_() for t in results]
-    options = _Numbers.unpack(numbers)
+    options = Numbers.unpack(numbers)
     dx, dy, da, db, dcost_matrix, deps = (t if need else None for t, need in zip(results, needed, strict=True))
     f, g, scale, iterations, f_history, g_history = (t if t.numel() else None for t in saved)
+    inputs = (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
     _kernels(x, backend).backward(
-        x=x,
-        y=y,
-        a=a,
-        b=b,
-        x_lengths=x_lengths,
-        y_lengths=y_lengths,
-        cost_matrix=cost_matrix,
-        eps=eps,
+        **dict(zip(_TENSORS, inputs, strict=True)),
         cost=cost,
         rho_x=options.rho_x,
         rho_y=options.rho_y,
@@ -472,7 +472,7 @@ def _compute_backward(
 
 _backward = torch.library.custom_op(
     "parrot_kernels::sinkhorn_hadamard_backward",
-    _compute_backward,
+    compute_backward,
     mutates_args=(),
     schema=f"(Tensor?[] gradients, {_INPUTS}, Tensor[] saved, {_OPTIONS}, bool[] needed) -> Tensor[]",
 )
@@ -497,7 +497,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, *gradients):
     gradient, numbers = ctx.options[1], ctx.options[3]
-    if not _Numbers.unpack(numbers).keep:
+    if not Numbers.unpack(numbers).keep:
         raise RuntimeError(f"{OP}: the op was called without keeping what its backward needs.")
     x, y, a, b, _, _, cost_matrix, eps, *_ = ctx.needs_input_grad
     if gradient == "detached":
@@ -507,7 +507,7 @@ def _autograd(ctx, *gradients):
     gradients = [None if t is None or t.numel() == 0 else t for t in gradients[: len(DIFFERENTIABLE)]]
     # The op itself where the gradients are differentiated, which it refuses.
     once = not torch.is_grad_enabled() and eager.is_plain((*gradients, *inputs))
-    run = _compute_backward if once else _backward
+    run = compute_backward if once else _backward
     results = run(gradients, *inputs, list(saved), *ctx.options, needed)
     x, y, a, b, cost_matrix, eps = (t if need else None for t, need in zip(results, needed, strict=True))
     return x, y, a, b, None, None, cost_matrix, eps, None, None, None, None

@@ -1,0 +1,210 @@
+"""Parallel branch fusion: the kernels of Sinkhorn-Hadamard, writing into PARROT's fused row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from . import eager
+from . import sinkhorn_hadamard as sinkhorn
+
+OP = "parallel_branch_fusion"
+PARTS = ("hadamard", "x_to_y", "y", "y_to_x", "x")
+TRANSPORTED = ("x_to_y", "y_to_x")
+# These backends take outputs of any strides: they write the transported parts where they belong in the row.
+_STRIDED = ("cpu", "torch")
+
+
+def parallel_branch_fusion(
+    x: Tensor,
+    y: Tensor,
+    *,
+    parts: Sequence[str] = PARTS,
+    cost: str = "euclidean",
+    cost_scale: float | str = "max",
+    eps: float | Tensor = 0.05,
+    n_iters: int = 50,
+    tol: float | None = None,
+    reach: float | tuple[float | None, float | None] | None = None,
+    gradient: str = "unrolled",
+    backend: str | None = None,
+) -> Tensor:
+    r"""PARROT's fused row of two paired feature matrices, in one pass (arXiv 2506.01138, section 3).
+
+    Rows x_i and y_i belong together; the N rows of either side are the points of one entropic transport problem (see
+    :func:`parrot_kernels.sinkhorn_hadamard`, whose options these are). By default::
+
+        row_i = [x_i * y_i, x_to_y_i, y_i, y_to_x_i, x_i]
+
+    Args:
+        x, y: (B, N, D), or (N, D) for one problem; fp32, fp64, fp16 or bf16, any strides.
+        parts: which parts, in this order, of "hadamard" (x * y), "x_to_y", "y", "y_to_x" and "x".
+        cost, cost_scale, eps, n_iters, tol, reach, gradient, backend: as of `sinkhorn_hadamard`.
+
+    Returns:
+        (B, N, len(parts) * D) or (N, len(parts) * D) in the inputs' dtype, with gradients to x, y and, except in
+        "detached" mode, an eps tensor. Differentiating twice raises RuntimeError.
+
+    Memory for the backward: the inputs and, if "unrolled", 2 N n_iters numbers per problem. Nothing that is
+    concatenated is held a second time.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `sinkhorn_hadamard`; ValueError if x and y differ in shape.
+    """
+    for part in parts if parts else [None]:
+        checks.choice(OP, "parts", part, PARTS)
+    checks.choice(OP, "cost", cost, sinkhorn.COSTS)
+    checks.choice(OP, "gradient", gradient, sinkhorn.GRADIENTS)
+    checks.choice(OP, "backend", backend, (None, *backends.NAMES))
+    single = isinstance(x, Tensor) and x.dim() == 2
+    sinkhorn.check_tensors(single, x, y, eps=eps)
+    if x.shape != y.shape:
+        raise checks.error(OP, "y", f"of x's shape {tuple(x.shape)}", tuple(y.shape))
+    rho_x, rho_y = sinkhorn.find_rho(reach, 2 if cost == "sqeuclidean" else 1)
+    numbers = sinkhorn.Numbers.pack(n_iters, cost_scale, tol, rho_x, rho_y, False, False)
+    if single:
+        x, y = x.unsqueeze(0), y.unsqueeze(0)
+    eps = sinkhorn.eps_per_problem(eps, x)
+    row, *_ = _call(x, y, eps, cost, gradient, backend, numbers, list(parts))
+    return row.squeeze(0) if single else row
+
+
+def _slices(row: Tensor, parts: Sequence[str]) -> dict[str, Tensor]:
+    return dict(zip(parts, row.chunk(len(parts), dim=-1), strict=True))
+
+
+def _allocate(x, y, eps, gradient, numbers, parts) -> tuple[Tensor, ...]:
+    """The fused row and what its backward needs: f, g, scale, iterations and the histories."""
+    out = sinkhorn.allocate(x, y, eps, gradient, sinkhorn.Numbers.unpack(numbers))
+    row = x.new_empty(*x.shape[:2], len(parts) * x.shape[2])
+    return row, out.f, out.g, out.scale, out.iterations, out.f_history, out.g_history
+
+
+def _compute_forward(x, y, eps, cost, gradient, backend, numbers, parts):
+    sinkhorn.check_values(x, y, None, None, None, None, eps)
+    options = sinkhorn.Numbers.unpack(numbers)
+    out = sinkhorn.allocate(x, y, eps, gradient, options)
+    row = x.new_empty(*x.shape[:2], len(parts) * x.shape[2])
+    results = (row, out.f, out.g, out.scale, out.iterations, out.f_history, out.g_history)
+    if x.shape[0] * x.shape[1] == 0:
+        for tensor in results:
+            tensor.zero_()
+        return results
+    name = backends.select(sinkhorn.OP, x.device.type, x.dtype, backend)
+    written = _slices(row, parts)
+    if name in _STRIDED:
+        out = out._replace(**{part: written[part] for part in TRANSPORTED if part in written})
+    sinkhorn.launch_forward(sinkhorn.KERNELS[name], (x, y, *[None] * 5, eps), cost, options, out)
+    direct = {"x": x, "y": y} | ({} if name in _STRIDED else {part: getattr(out, part) for part in TRANSPORTED})
+    for part, target in written.items():
+        if part in direct:
+            target.copy_(direct[part])
+        elif part == "hadamard":
+            torch.mul(x, y, out=target)
+    return results
+
+
+_forward = torch.library.custom_op(
+    "parrot_kernels::parallel_branch_fusion_forward",
+    _compute_forward,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor y, Tensor eps, str cost, str gradient, str? backend, float[] numbers, str[] parts) -> "
+    f"({', '.join(['Tensor'] * 7)})",
+)
+
+
+@_forward.register_fake
+def _(x, y, eps, cost, gradient, backend, numbers, parts):
+    return _allocate(x, y, eps, gradient, numbers, parts)
+
+
+def _compute_backward(grad_row, x, y, eps, saved, cost, gradient, backend, numbers, parts, needed):
+    given = _slices(grad_row, parts)
+    gradients = [given.get(part) for part in TRANSPORTED] + [None] * (len(sinkhorn.DIFFERENTIABLE) - 2)
+    inputs = (x, y, *[None] * 5, eps)
+    every = [needed[0], needed[1], False, False, False, needed[2]]
+    results = sinkhorn.compute_backward(gradients, *inputs, saved, cost, gradient, backend, numbers, every)
+    dx, dy, deps = results[0], results[1], results[5]
+    for need, total, part, other in ((needed[0], dx, "x", y), (needed[1], dy, "y", x)):
+        if need and part in given:
+            total += given[part]
+        if need and "hadamard" in given:
+            total.addcmul_(given["hadamard"], other)
+    return [dx, dy, deps]
+
+
+_backward = torch.library.custom_op(
+    "parrot_kernels::parallel_branch_fusion_backward",
+    _compute_backward,
+    mutates_args=(),
+    schema="(Tensor grad_row, Tensor x, Tensor y, Tensor eps, Tensor[] saved, str cost, str gradient, str? backend, "
+    "float[] numbers, str[] parts, bool[] needed) -> Tensor[]",
+)
+
+
+@_backward.register_fake
+def _(grad_row, x, y, eps, saved, cost, gradient, backend, numbers, parts, needed):
+    return [
+        torch.empty_like(t) if need else x.new_empty(x.shape[0], 0) for t, need in zip((x, y, eps), needed, strict=True)
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, y, eps, *ctx.options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y, eps, *output[1:])
+
+
+def _autograd(ctx, grad_row, *_):
+    _, gradient, _, numbers, _ = ctx.options
+    if not sinkhorn.Numbers.unpack(numbers).keep:
+        raise RuntimeError(f"{OP}: the op was called without keeping what its backward needs.")
+    if grad_row is None:
+        return (None,) * 8
+    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and gradient != "detached"]
+    x, y, eps, *saved = ctx.saved_tensors
+    # The op itself where the gradients are differentiated, which it refuses.
+    once = not torch.is_grad_enabled() and eager.is_plain((grad_row, x, y, eps))
+    run = _compute_backward if once else _backward
+    results = run(grad_row, x, y, eps, saved, *ctx.options, needed)
+    return *(t if need else None for t, need in zip(results, needed, strict=True)), *[None] * 5
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError(f"{OP}: differentiating twice is not supported.")
+
+
+_differentiable_forward = eager.differentiable(_compute_forward, _setup_context, _autograd)
+
+
+def _call(*arguments: Any) -> tuple[Tensor, ...]:
+    """The forward op, told whether a backward may follow; only outside vmap do tensors show that."""
+    *inputs, cost, gradient, backend, numbers, parts = arguments
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    run = _forward
+    if eager.is_plain(inputs):
+        run = _differentiable_forward if keep else _compute_forward
+    return run(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)], parts)
+
+
+def _vmap(info, in_dims, *arguments):
+    """Fold the mapped dimension into the batch."""
+    size = info.batch_size
+
+    def fold(value, dim):
+        if not isinstance(value, Tensor):
+            return value
+        return (value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)).flatten(0, 1)
+
+    out = _call(*(fold(*pair) for pair in zip(arguments, in_dims, strict=True)))
+    return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in out), (0,) * len(out)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.register_vmap(_vmap)
+_backward.register_autograd(_no_double_backward)
