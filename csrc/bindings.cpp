@@ -68,74 +68,96 @@ CostKind cost_kind(const std::string& name) {
     throw std::invalid_argument("unknown cost " + name);
 }
 
+constexpr double kBalanced = std::numeric_limits<double>::infinity();
+
+// Arguments of the Sinkhorn kernels, in the order of SINKHORN_*_ARGUMENTS.
+#define SINKHORN_FORWARD_PARAMETERS                                                                                   \
+    TensorView x, TensorView y, Optional a, Optional b, Optional x_lengths, Optional y_lengths, Optional cost_matrix, \
+        TensorView eps, const std::string &cost, std::optional<double> cost_scale, int n_iters,                       \
+        std::optional<double> tol, std::optional<double> rho_x, std::optional<double> rho_y, TensorView x_to_y,       \
+        TensorView y_to_x, Optional x_hadamard, Optional y_hadamard, TensorView f, TensorView g, Optional plan,       \
+        TensorView transport_cost, TensorView error, TensorView iterations, TensorView converged, TensorView scale,   \
+        Optional f_history, Optional g_history
+#define SINKHORN_FORWARD_ARGUMENTS                                                                                     \
+    py::kw_only(), py::arg("x"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("x_lengths"), py::arg("y_lengths"), \
+        py::arg("cost_matrix"), py::arg("eps"), py::arg("cost"), py::arg("cost_scale"), py::arg("n_iters"),            \
+        py::arg("tol"), py::arg("rho_x"), py::arg("rho_y"), py::arg("x_to_y"), py::arg("y_to_x"),                      \
+        py::arg("x_hadamard"), py::arg("y_hadamard"), py::arg("f"), py::arg("g"), py::arg("plan"),                     \
+        py::arg("transport_cost"), py::arg("error"), py::arg("iterations"), py::arg("converged"), py::arg("scale"),    \
+        py::arg("f_history"), py::arg("g_history")
+#define SET_SINKHORN_FORWARD(p)                                                                                       \
+    p.x = x, p.y = y, p.a = given(a), p.b = given(b), p.x_lengths = given(x_lengths), p.y_lengths = given(y_lengths); \
+    p.cost_matrix = given(cost_matrix), p.eps = eps, p.cost = cost_kind(cost),                                        \
+    p.cost_scale = cost_scale.value_or(0.0);                                                                          \
+    p.n_iters = n_iters, p.tol = tol.value_or(-1.0), p.rho_x = rho_x.value_or(kBalanced);                             \
+    p.rho_y = rho_y.value_or(kBalanced), p.x_to_y = x_to_y, p.y_to_x = y_to_x, p.x_hadamard = given(x_hadamard);      \
+    p.y_hadamard = given(y_hadamard), p.f = f, p.g = g, p.plan = given(plan), p.transport_cost = transport_cost;      \
+    p.error = error, p.iterations = iterations, p.converged = converged, p.scale = scale;                             \
+    p.f_history = given(f_history), p.g_history = given(g_history)
+#define SINKHORN_BACKWARD_PARAMETERS                                                                                  \
+    TensorView x, TensorView y, Optional a, Optional b, Optional x_lengths, Optional y_lengths, Optional cost_matrix, \
+        TensorView eps, const std::string &cost, std::optional<double> rho_x, std::optional<double> rho_y,            \
+        const std::string &gradient, TensorView f, TensorView g, TensorView scale, TensorView iterations,             \
+        Optional f_history, Optional g_history, Optional grad_x_to_y, Optional grad_y_to_x, Optional grad_x_hadamard, \
+        Optional grad_y_hadamard, Optional grad_f, Optional grad_g, Optional grad_plan, Optional grad_transport_cost, \
+        Optional dx, Optional dy, Optional dcost_matrix, Optional da, Optional db, Optional deps
+#define SINKHORN_BACKWARD_ARGUMENTS                                                                                    \
+    py::kw_only(), py::arg("x"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("x_lengths"), py::arg("y_lengths"), \
+        py::arg("cost_matrix"), py::arg("eps"), py::arg("cost"), py::arg("rho_x"), py::arg("rho_y"),                   \
+        py::arg("gradient"), py::arg("f"), py::arg("g"), py::arg("scale"), py::arg("iterations"),                      \
+        py::arg("f_history"), py::arg("g_history"), py::arg("grad_x_to_y"), py::arg("grad_y_to_x"),                    \
+        py::arg("grad_x_hadamard"), py::arg("grad_y_hadamard"), py::arg("grad_f"), py::arg("grad_g"),                  \
+        py::arg("grad_plan"), py::arg("grad_transport_cost"), py::arg("dx"), py::arg("dy"), py::arg("dcost_matrix"),   \
+        py::arg("da"), py::arg("db"), py::arg("deps")
+#define SET_SINKHORN_BACKWARD(p)                                                                                      \
+    if (gradient != "unrolled" && gradient != "detached")                                                             \
+        throw std::invalid_argument("sinkhorn_hadamard: no gradient " + gradient);                                    \
+    p.x = x, p.y = y, p.a = given(a), p.b = given(b), p.x_lengths = given(x_lengths), p.y_lengths = given(y_lengths); \
+    p.cost_matrix = given(cost_matrix), p.eps = eps, p.cost = cost_kind(cost), p.rho_x = rho_x.value_or(kBalanced);   \
+    p.rho_y = rho_y.value_or(kBalanced), p.unrolled = gradient == "unrolled";                                         \
+    p.f = f, p.g = g, p.scale = scale, p.iterations = iterations;                                                     \
+    p.f_history = given(f_history), p.g_history = given(g_history), p.grad_x_to_y = given(grad_x_to_y);               \
+    p.grad_y_to_x = given(grad_y_to_x), p.grad_x_hadamard = given(grad_x_hadamard);                                   \
+    p.grad_y_hadamard = given(grad_y_hadamard), p.grad_f = given(grad_f), p.grad_g = given(grad_g);                   \
+    p.grad_plan = given(grad_plan), p.grad_transport_cost = given(grad_transport_cost), p.dx = given(dx);             \
+    p.dy = given(dy), p.dcost_matrix = given(dcost_matrix), p.da = given(da), p.db = given(db), p.deps = given(deps)
+
 void bind_sinkhorn_hadamard(py::module_& m) {
     m.def(
         "sinkhorn_hadamard_forward",
-        [](TensorView x, TensorView y, Optional a, Optional b, Optional x_lengths, Optional y_lengths,
-           Optional cost_matrix, TensorView eps, const std::string& cost, std::optional<double> cost_scale, int n_iters,
-           std::optional<double> tol, std::optional<double> rho_x, std::optional<double> rho_y, TensorView x_to_y,
-           TensorView y_to_x, Optional x_hadamard, Optional y_hadamard, TensorView f, TensorView g, Optional plan,
-           TensorView transport_cost, TensorView error, TensorView iterations, TensorView converged, TensorView scale,
-           Optional f_history, Optional g_history, int num_threads) {
-            constexpr double infinity = std::numeric_limits<double>::infinity();
+        [](SINKHORN_FORWARD_PARAMETERS, int num_threads) {
             SinkhornHadamardForward p;
-            p.x = x, p.y = y, p.a = given(a), p.b = given(b);
-            p.x_lengths = given(x_lengths), p.y_lengths = given(y_lengths);
-            p.cost_matrix = given(cost_matrix), p.eps = eps;
-            p.cost = cost_kind(cost), p.cost_scale = cost_scale.value_or(0.0);
-            p.n_iters = n_iters, p.tol = tol.value_or(-1.0);
-            p.rho_x = rho_x.value_or(infinity), p.rho_y = rho_y.value_or(infinity);
-            p.x_to_y = x_to_y, p.y_to_x = y_to_x, p.x_hadamard = given(x_hadamard), p.y_hadamard = given(y_hadamard);
-            p.f = f, p.g = g, p.plan = given(plan), p.transport_cost = transport_cost, p.error = error;
-            p.iterations = iterations, p.converged = converged, p.scale = scale;
-            p.f_history = given(f_history), p.g_history = given(g_history);
+            SET_SINKHORN_FORWARD(p);
             p.num_threads = num_threads;
             py::gil_scoped_release release;
             cpu::sinkhorn_hadamard_forward(p);
         },
-        py::kw_only(), py::arg("x"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("x_lengths"),
-        py::arg("y_lengths"), py::arg("cost_matrix"), py::arg("eps"), py::arg("cost"), py::arg("cost_scale"),
-        py::arg("n_iters"), py::arg("tol"), py::arg("rho_x"), py::arg("rho_y"), py::arg("x_to_y"), py::arg("y_to_x"),
-        py::arg("x_hadamard"), py::arg("y_hadamard"), py::arg("f"), py::arg("g"), py::arg("plan"),
-        py::arg("transport_cost"), py::arg("error"), py::arg("iterations"), py::arg("converged"), py::arg("scale"),
-        py::arg("f_history"), py::arg("g_history"), py::arg("num_threads"));
+        SINKHORN_FORWARD_ARGUMENTS, py::arg("num_threads"));
     m.def(
         "sinkhorn_hadamard_backward",
-        [](TensorView x, TensorView y, Optional a, Optional b, Optional x_lengths, Optional y_lengths,
-           Optional cost_matrix, TensorView eps, const std::string& cost, std::optional<double> rho_x,
-           std::optional<double> rho_y, const std::string& gradient, TensorView f, TensorView g, TensorView scale,
-           TensorView iterations, Optional f_history, Optional g_history, Optional grad_x_to_y, Optional grad_y_to_x,
-           Optional grad_x_hadamard, Optional grad_y_hadamard, Optional grad_f, Optional grad_g, Optional grad_plan,
-           Optional grad_transport_cost, Optional dx, Optional dy, Optional dcost_matrix, Optional da, Optional db,
-           Optional deps, int num_threads) {
-            constexpr double infinity = std::numeric_limits<double>::infinity();
-            if (gradient != "unrolled" && gradient != "detached")
-                throw std::invalid_argument("sinkhorn_hadamard (cpu): no gradient " + gradient);
+        [](SINKHORN_BACKWARD_PARAMETERS, int num_threads) {
             SinkhornHadamardBackward p;
-            p.x = x, p.y = y, p.a = given(a), p.b = given(b);
-            p.x_lengths = given(x_lengths), p.y_lengths = given(y_lengths);
-            p.cost_matrix = given(cost_matrix), p.eps = eps, p.cost = cost_kind(cost);
-            p.rho_x = rho_x.value_or(infinity), p.rho_y = rho_y.value_or(infinity);
-            p.unrolled = gradient == "unrolled";
-            p.f = f, p.g = g, p.scale = scale, p.iterations = iterations;
-            p.f_history = given(f_history), p.g_history = given(g_history);
-            p.grad_x_to_y = given(grad_x_to_y), p.grad_y_to_x = given(grad_y_to_x);
-            p.grad_x_hadamard = given(grad_x_hadamard), p.grad_y_hadamard = given(grad_y_hadamard);
-            p.grad_f = given(grad_f), p.grad_g = given(grad_g), p.grad_plan = given(grad_plan);
-            p.grad_transport_cost = given(grad_transport_cost);
-            p.dx = given(dx), p.dy = given(dy), p.dcost_matrix = given(dcost_matrix);
-            p.da = given(da), p.db = given(db), p.deps = given(deps);
+            SET_SINKHORN_BACKWARD(p);
             p.num_threads = num_threads;
             py::gil_scoped_release release;
             cpu::sinkhorn_hadamard_backward(p);
         },
-        py::kw_only(), py::arg("x"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("x_lengths"),
-        py::arg("y_lengths"), py::arg("cost_matrix"), py::arg("eps"), py::arg("cost"), py::arg("rho_x"),
-        py::arg("rho_y"), py::arg("gradient"), py::arg("f"), py::arg("g"), py::arg("scale"), py::arg("iterations"),
-        py::arg("f_history"), py::arg("g_history"), py::arg("grad_x_to_y"), py::arg("grad_y_to_x"),
-        py::arg("grad_x_hadamard"), py::arg("grad_y_hadamard"), py::arg("grad_f"), py::arg("grad_g"),
-        py::arg("grad_plan"), py::arg("grad_transport_cost"), py::arg("dx"), py::arg("dy"), py::arg("dcost_matrix"),
-        py::arg("da"), py::arg("db"), py::arg("deps"), py::arg("num_threads"));
+        SINKHORN_BACKWARD_ARGUMENTS, py::arg("num_threads"));
+#ifdef PARROT_WITH_CUDA
+    m.def(
+        "sinkhorn_hadamard_forward_cuda",
+        [](SINKHORN_FORWARD_PARAMETERS, uintptr_t stream) {
+            SinkhornHadamardForward p;
+            SET_SINKHORN_FORWARD(p);
+            p.stream = reinterpret_cast<void*>(stream);
+            const char* failure = cuda::sinkhorn_hadamard_forward(p);
+            if (failure) throw std::runtime_error(std::string("sinkhorn_hadamard (cuda): ") + failure);
+        },
+        SINKHORN_FORWARD_ARGUMENTS, py::arg("stream"));
+    m.def("sinkhorn_hadamard_shared_memory", &cuda::sinkhorn_hadamard_shared_memory, py::kw_only(), py::arg("N"),
+          py::arg("M"), py::arg("wide"));
+    m.def("shared_memory_limit", &cuda::shared_memory_limit);
+#endif
 }
 
 // The inputs of the selective scan, in the order of SCAN_INPUTS.

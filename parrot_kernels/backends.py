@@ -26,6 +26,7 @@ PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
     "sinkhorn_hadamard": {
         "cpu": frozenset(checks.FLOATS),
+        "cuda": frozenset(checks.FLOATS),
         "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
     },
     "selective_scan": {

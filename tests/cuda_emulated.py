@@ -57,10 +57,11 @@ def module() -> ModuleType:
         loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
         result = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
         loader.exec_module(result)
+    for dtype, code in native.DTYPE_CODES.items():
+        result.register_dtype(dtype, code)
     return result
 
 
 def call(function: str, **arguments: object) -> None:
     """`native.call_cuda` without a device."""
-    views = {name: native._convert(module(), value) for name, value in arguments.items()}
-    getattr(module(), function)(**views, stream=0)
+    getattr(module(), function)(**arguments, stream=0)

@@ -13,7 +13,6 @@ from cuda_emulated import NVCC, SOURCES
 from selective_scan_cases import CASES, EVERYTHING, make
 from tolerances import assert_close
 
-from parrot_kernels import native
 from parrot_kernels.ops.selective_scan import CHUNK_SIZE
 from parrot_kernels.reference import selective_scan as reference
 
@@ -57,8 +56,7 @@ def run(module, inputs, options, monkeypatch, multiprocessors=0):
     size = module.selective_scan_workspace_cuda(batch=batch, dim=dim, groups=groups, length=length, state=states)
     arguments = {**inputs, **options, "out": out, "final_state": final_state}
     arguments["workspace"] = torch.full((size,), torch.nan, dtype=compute) if size else None
-    views = {name: native._convert(module, value) for name, value in arguments.items()}
-    module.selective_scan_forward_cuda(**views, stream=0)
+    module.selective_scan_forward_cuda(**arguments, stream=0)
     return out, final_state, size
 
 

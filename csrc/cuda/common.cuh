@@ -12,7 +12,10 @@
 
 #ifndef PARROT_LAUNCH
 #define PARROT_LAUNCH(kernel, grid, threads, stream, ...) \
-    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+    PARROT_LAUNCH_SHARED(kernel, grid, threads, 0, stream, __VA_ARGS__)
+#define PARROT_LAUNCH_SHARED(kernel, grid, threads, bytes, stream, ...) \
+    kernel<<<grid, threads, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define PARROT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #endif
 
 namespace parrot {
@@ -135,6 +138,22 @@ struct Integers {
 
 inline const char* last_launch_error() {
     const cudaError_t status = cudaGetLastError();
+    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+// Bytes of shared memory that a block of the current device can have at most.
+inline int most_shared_memory() {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+    return bytes;
+}
+
+// Lets a kernel be launched with this much dynamic shared memory. Returns nullptr, or what went wrong.
+template <typename Kernel>
+const char* allow_shared_memory(Kernel* kernel, size_t bytes) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

@@ -21,7 +21,8 @@ struct SinkhornHadamardForward {
     // Outputs, preallocated; plan and the histories may be absent.
     TensorView x_to_y, y_to_x, x_hadamard, y_hadamard, f, g, plan;
     TensorView transport_cost, error, iterations, converged, scale, f_history, g_history;
-    int num_threads = 1;
+    int num_threads = 1;     // CPU
+    void* stream = nullptr;  // CUDA
 };
 
 // In the compute dtype, but for dx, dy and dcost_matrix, which have their inputs'. What is not needed is absent.
@@ -38,7 +39,16 @@ struct SinkhornHadamardBackward {
     TensorView grad_transport_cost;
     // Outputs, preallocated.
     TensorView dx, dy, dcost_matrix, da, db, deps;
-    int num_threads = 1;
+    int num_threads = 1;     // CPU
+    void* stream = nullptr;  // CUDA
 };
+
+namespace cuda {
+// Return nullptr, or what the launch failed with.
+const char* sinkhorn_hadamard_forward(const SinkhornHadamardForward& params);
+// Bytes of shared memory that a problem takes (`wide`: of doubles), and that a block of the current device can have.
+int64_t sinkhorn_hadamard_shared_memory(int64_t N, int64_t M, bool wide);
+int64_t shared_memory_limit();
+}  // namespace cuda
 
 }  // namespace parrot

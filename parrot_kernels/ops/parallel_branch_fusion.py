@@ -16,7 +16,7 @@ OP = "parallel_branch_fusion"
 PARTS = ("hadamard", "x_to_y", "y", "y_to_x", "x")
 TRANSPORTED = ("x_to_y", "y_to_x")
 # These backends take outputs of any strides: they write the transported parts where they belong in the row.
-_STRIDED = ("cpu", "torch")
+_STRIDED = ("cpu", "cuda", "torch")
 
 
 def parallel_branch_fusion(
@@ -94,7 +94,7 @@ def _compute_forward(x, y, eps, cost, gradient, backend, numbers, parts):
         for tensor in results:
             tensor.zero_()
         return results
-    name = backends.select(sinkhorn.OP, x.device.type, x.dtype, backend)
+    name = sinkhorn.choose_backend(x, y, backend)
     written = _slices(row, parts)
     if name in _STRIDED:
         out = out._replace(**{part: written[part] for part in TRANSPORTED if part in written})

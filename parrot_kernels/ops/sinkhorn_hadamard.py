@@ -307,15 +307,40 @@ def _triton_backward(*, x: Tensor, y: Tensor, gradient: str, **arguments: Any) -
     run(x=x, y=y, gradient=gradient, **arguments)
 
 
+def _cuda_forward(*, x: Tensor, **arguments: Any) -> None:
+    native.call_cuda("sinkhorn_hadamard_forward_cuda", x.device, x=x, **arguments)
+
+
+def _why_not_cuda(x: Tensor, y: Tensor) -> str | None:
+    """None if the shared memory of a block holds such a problem, else the reason."""
+    extension = native.extension()
+    with torch.cuda.device(x.device):
+        limit = extension.shared_memory_limit()
+    N, M = x.shape[1], y.shape[1]
+    needed = extension.sinkhorn_hadamard_shared_memory(N=N, M=M, wide=x.dtype == torch.float64)
+    if needed <= limit:
+        return None
+    return (
+        f"the cuda kernel keeps a problem in the shared memory of a block: {N} by {M} points take {needed} bytes, "
+        f"this device has {limit}"
+    )
+
+
 KERNELS = {
     "torch": Kernels(_in_full_precision(reference.forward), _reference_backward),
     "cpu": Kernels(functools.partial(native.call_cpu, "sinkhorn_hadamard_forward"), _cpu_backward),
+    "cuda": Kernels(_cuda_forward, _reference_backward),
     "triton": Kernels(_triton_forward, _triton_backward),
 }
 
 
-def _kernels(x: Tensor, backend: str | None) -> Kernels:
-    return KERNELS[backends.select(OP, x.device.type, x.dtype, backend)]
+def choose_backend(x: Tensor, y: Tensor, backend: str | None) -> str:
+    """`backends.select` for these points."""
+    device, unsupported = x.device.type, {}
+    cuda_serves = device == "cuda" and backends.why_not(OP, "cuda", device, x.dtype) is None
+    if cuda_serves and (why := _why_not_cuda(x, y)) is not None:
+        unsupported["cuda"] = why
+    return backends.select(OP, device, x.dtype, backend, unsupported)
 
 
 class _Forward(NamedTuple):
@@ -404,7 +429,7 @@ def launch_forward(
 
 def _compute_forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
     check_values(x, y, a, b, x_lengths, y_lengths, eps)
-    kernels, options = _kernels(x, backend), Numbers.unpack(numbers)
+    kernels, options = KERNELS[choose_backend(x, y, backend)], Numbers.unpack(numbers)
     out = allocate(x, y, eps, gradient, options)
     if x.shape[0] * x.shape[1] * y.shape[1] == 0:
         for tensor in out:
@@ -447,7 +472,7 @@ def compute_backward(
     dx, dy, da, db, dcost_matrix, deps = (t if need else None for t, need in zip(results, needed, strict=True))
     f, g, scale, iterations, f_history, g_history = (t if t.numel() else None for t in saved)
     inputs = (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
-    _kernels(x, backend).backward(
+    KERNELS[choose_backend(x, y, backend)].backward(
         **dict(zip(_TENSORS, inputs, strict=True)),
         cost=cost,
         rho_x=options.rho_x,

@@ -1,0 +1,12 @@
+// One file per dtype, so that they compile in parallel.
+#include "sinkhorn_hadamard_forward.cuh"
+
+namespace parrot {
+namespace cuda {
+
+const char* sinkhorn_hadamard_forward_bf16(const SinkhornHadamardForward& params) {
+    return sinkhorn::forward<__nv_bfloat16>(params);
+}
+
+}  // namespace cuda
+}  // namespace parrot
