@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends, checks, native
 from ..reference import causal_conv1d as reference
+from . import eager
 
 OP = "causal_conv1d"
 ACTIVATIONS = (None, "silu", "swish")
@@ -67,7 +68,7 @@ def causal_conv1d(
     """
     _check(x, weight, bias, activation, lengths, seq_idx, initial_state)
     dtype = checks.compute_dtype(x.dtype)
-    out, final_state = _forward(
+    out, final_state = _run_forward(
         x,
         _cast(weight, dtype),
         _cast(bias, dtype),
@@ -202,8 +203,7 @@ def _allocate(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)
 
 
-@torch.library.custom_op("parrot_kernels::causal_conv1d_forward", mutates_args=())
-def _forward(
+def _compute_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -231,6 +231,9 @@ def _forward(
     return out, final_state
 
 
+_forward = torch.library.custom_op("parrot_kernels::causal_conv1d_forward", _compute_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(x, weight, bias, lengths, seq_idx, initial_state, silu, reverse, backend):
     return _allocate(x, weight)
@@ -242,8 +245,7 @@ def _allocate_gradients(inputs: list[Tensor | None]) -> list[Tensor]:
     return [like.new_empty(0) if t is None else torch.empty_like(t) for t in inputs]
 
 
-@torch.library.custom_op("parrot_kernels::causal_conv1d_backward", mutates_args=())
-def _backward(
+def _compute_backward(
     grad_out: Tensor | None,
     grad_final_state: Tensor | None,
     x: Tensor,
@@ -278,6 +280,9 @@ def _backward(
     return gradients
 
 
+_backward = torch.library.custom_op("parrot_kernels::causal_conv1d_backward", _compute_backward, mutates_args=())
+
+
 @_backward.register_fake
 def _(grad_out, grad_final_state, x, weight, bias, lengths, seq_idx, initial_state, silu, reverse, backend):
     return _allocate_gradients([x, weight, bias, initial_state])
@@ -292,7 +297,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_out, grad_final_state):
     x, weight, bias, lengths, seq_idx, initial_state = ctx.saved_tensors
-    gradients = _backward(grad_out, grad_final_state, x, weight, bias, lengths, seq_idx, initial_state, *ctx.options)
+    gradients = _run_backward(
+        grad_out, grad_final_state, x, weight, bias, lengths, seq_idx, initial_state, *ctx.options
+    )
     dx, dweight, dbias, dinitial_state = (
         g if t is not None else None for t, g in zip((x, weight, bias, initial_state), gradients, strict=True)
     )
@@ -308,3 +315,7 @@ def _no_double_backward(ctx, *_):
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _backward.register_autograd(_no_double_backward)
+_run_forward = eager.shortcut(
+    _forward, _compute_forward, eager.differentiable(_compute_forward, _setup_context, _autograd)
+)
+_run_backward = eager.shortcut(_backward, _compute_backward)

@@ -27,16 +27,32 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def differentiable(
-    forward: Callable[..., tuple[Tensor, ...]], setup_context: Callable[..., None], backward: Callable[..., Any]
+    compute: Callable[..., tuple[Tensor, ...]], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """An op's functions, as registered with torch.library, as one `torch.autograd.Function`."""
 
     class Op(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-            outputs = forward(*arguments)
+            outputs = compute(*arguments)
             setup_context(ctx, arguments, outputs)
             return outputs
 
     Op.backward = staticmethod(backward)
     return Op.apply
+
+
+def shortcut(
+    op: Callable[..., Any], compute: Callable[..., Any], differentiable: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """``op``, or in plain eager mode its ``compute``, by way of ``differentiable`` where autograd has to see it."""
+
+    def call(*arguments: Any) -> Any:
+        tensors = [t for t in arguments if isinstance(t, Tensor)]
+        if not is_plain(tensors):
+            return op(*arguments)
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return compute(*arguments)
+        return op(*arguments) if differentiable is None else differentiable(*arguments)
+
+    return call

@@ -168,10 +168,7 @@ def _autograd(ctx, grad_row, *_):
         return (None,) * 8
     needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and gradient != "detached"]
     x, y, eps, *saved = ctx.saved_tensors
-    # The op itself where the gradients are differentiated, which it refuses.
-    once = not torch.is_grad_enabled() and eager.is_plain((grad_row, x, y, eps))
-    run = _compute_backward if once else _backward
-    results = run(grad_row, x, y, eps, saved, *ctx.options, needed)
+    results = _run_backward(grad_row, x, y, eps, saved, *ctx.options, needed)
     return *(t if need else None for t, need in zip(results, needed, strict=True)), *[None] * 5
 
 
@@ -179,17 +176,11 @@ def _no_double_backward(ctx, *_):
     raise RuntimeError(f"{OP}: differentiating twice is not supported.")
 
 
-_differentiable_forward = eager.differentiable(_compute_forward, _setup_context, _autograd)
-
-
 def _call(*arguments: Any) -> tuple[Tensor, ...]:
     """The forward op, told whether a backward may follow; only outside vmap do tensors show that."""
     *inputs, cost, gradient, backend, numbers, parts = arguments
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    run = _forward
-    if eager.is_plain(inputs):
-        run = _differentiable_forward if keep else _compute_forward
-    return run(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)], parts)
+    return _run_forward(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)], parts)
 
 
 def _vmap(info, in_dims, *arguments):
@@ -208,3 +199,7 @@ def _vmap(info, in_dims, *arguments):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _forward.register_vmap(_vmap)
 _backward.register_autograd(_no_double_backward)
+_run_forward = eager.shortcut(
+    _forward, _compute_forward, eager.differentiable(_compute_forward, _setup_context, _autograd)
+)
+_run_backward = eager.shortcut(_backward, _compute_backward)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import backends, checks, native
 from ..reference import selective_scan as reference
+from . import eager
 
 OP = "selective_scan"
 CHUNK_SIZE = 32  # steps between two states kept for the backward: N / 32 of the size of u
@@ -84,7 +85,7 @@ def selective_scan(
     lengths, seq_idx = _cast(lengths, torch.int32), _cast(seq_idx, torch.int32)
     differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    out, final_state, _ = _forward(
+    out, final_state, _ = _run_forward(
         u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state, delta_softplus, reverse, keep, backend
     )
     return (out, final_state) if return_final_state else out
@@ -272,8 +273,7 @@ def _allocate(u: Tensor, A: Tensor, keep: bool, backend: str | None) -> tuple[Te
     return torch.empty_like(u), final_state, u.new_empty(batch, chunks, dim, states, dtype=dtype)
 
 
-@torch.library.custom_op("parrot_kernels::selective_scan_forward", mutates_args=())
-def _forward(
+def _compute_forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -314,6 +314,9 @@ def _forward(
     return out, final_state, checkpoints
 
 
+_forward = torch.library.custom_op("parrot_kernels::selective_scan_forward", _compute_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state, delta_softplus, reverse, keep, backend):
     return _allocate(u, A, keep, backend)
@@ -325,8 +328,7 @@ def _allocate_gradients(inputs: list[Tensor | None]) -> list[Tensor]:
     return [like.new_empty(0) if t is None else torch.empty_like(t) for t in inputs]
 
 
-@torch.library.custom_op("parrot_kernels::selective_scan_backward", mutates_args=())
-def _backward(
+def _compute_backward(
     grad_out: Tensor | None,
     grad_final_state: Tensor | None,
     u: Tensor,
@@ -381,6 +383,9 @@ def _backward(
     return gradients
 
 
+_backward = torch.library.custom_op("parrot_kernels::selective_scan_backward", _compute_backward, mutates_args=())
+
+
 @_backward.register_fake
 def _(
     grad_out,
@@ -414,7 +419,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_out, grad_final_state, _):
     *tensors, lengths, seq_idx, initial_state, checkpoints = ctx.saved_tensors
-    gradients = _backward(
+    gradients = _run_backward(
         grad_out, grad_final_state, *tensors, lengths, seq_idx, initial_state, checkpoints, *ctx.options
     )
     *gradients, dinitial_state = (
@@ -432,3 +437,7 @@ def _no_double_backward(ctx, *_):
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _backward.register_autograd(_no_double_backward)
+_run_forward = eager.shortcut(
+    _forward, _compute_forward, eager.differentiable(_compute_forward, _setup_context, _autograd)
+)
+_run_backward = eager.shortcut(_backward, _compute_backward)

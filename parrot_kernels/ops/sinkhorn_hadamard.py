@@ -530,10 +530,7 @@ def _autograd(ctx, *gradients):
     needed = [x, y, a, b, cost_matrix, eps]
     inputs, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
     gradients = [None if t is None or t.numel() == 0 else t for t in gradients[: len(DIFFERENTIABLE)]]
-    # The op itself where the gradients are differentiated, which it refuses.
-    once = not torch.is_grad_enabled() and eager.is_plain((*gradients, *inputs))
-    run = compute_backward if once else _backward
-    results = run(gradients, *inputs, list(saved), *ctx.options, needed)
+    results = _run_backward(gradients, *inputs, list(saved), *ctx.options, needed)
     x, y, a, b, cost_matrix, eps = (t if need else None for t, need in zip(results, needed, strict=True))
     return x, y, a, b, None, None, cost_matrix, eps, None, None, None, None
 
@@ -545,17 +542,11 @@ def _no_double_backward(ctx, *_):
     )
 
 
-_differentiable_forward = eager.differentiable(_compute_forward, _setup_context, _autograd)
-
-
 def _call(*arguments: Any) -> _Forward:
     """The forward op, told whether a backward may follow; only outside vmap do tensors show that."""
     *inputs, cost, gradient, backend, numbers = arguments
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    run = _forward
-    if eager.is_plain(inputs):
-        run = _differentiable_forward if keep else _compute_forward
-    return _Forward._make(run(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)]))
+    return _Forward._make(_run_forward(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)]))
 
 
 def _vmap(info, in_dims, *arguments):
@@ -574,3 +565,7 @@ def _vmap(info, in_dims, *arguments):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _forward.register_vmap(_vmap)
 _backward.register_autograd(_no_double_backward)
+_run_forward = eager.shortcut(
+    _forward, _compute_forward, eager.differentiable(_compute_forward, _setup_context, _autograd)
+)
+_run_backward = eager.shortcut(_backward, compute_backward)
