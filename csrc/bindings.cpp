@@ -209,15 +209,38 @@ void bind_selective_scan(py::module_& m) {
 #ifdef PARROT_WITH_CUDA
     m.def(
         "selective_scan_forward_cuda",
-        [](SCAN_PARAMETERS, TensorView out, TensorView final_state, Optional workspace, uintptr_t stream) {
+        [](SCAN_PARAMETERS, int64_t chunk_size, TensorView out, TensorView final_state, Optional checkpoints,
+           Optional workspace, uintptr_t stream) {
             SelectiveScanForward p;
             SET_SCAN_INPUTS(p);
-            p.out = out, p.final_state = final_state, p.workspace = given(workspace);
+            p.out = out, p.final_state = final_state, p.checkpoints = given(checkpoints), p.chunk_size = chunk_size;
+            p.workspace = given(workspace);
             p.stream = reinterpret_cast<void*>(stream);
             const char* failure = cuda::selective_scan_forward(p);
             if (failure) throw std::runtime_error(std::string("selective_scan (cuda): ") + failure);
         },
-        SCAN_INPUTS, py::arg("out"), py::arg("final_state"), py::arg("workspace") = std::nullopt, py::arg("stream"));
+        SCAN_INPUTS, py::arg("chunk_size"), py::arg("out"), py::arg("final_state"), py::arg("checkpoints"),
+        py::arg("workspace"), py::arg("stream"));
+    m.def(
+        "selective_scan_backward_cuda",
+        [](SCAN_PARAMETERS, Optional grad_out, Optional grad_final_state, int64_t chunk_size, TensorView checkpoints,
+           TensorView du, TensorView ddelta, TensorView dA, TensorView dB, TensorView dC, Optional dD, Optional dz,
+           Optional ddelta_bias, Optional dinitial_state, TensorView workspace, uintptr_t stream) {
+            SelectiveScanBackward p;
+            SET_SCAN_INPUTS(p);
+            p.grad_out = given(grad_out), p.grad_final_state = given(grad_final_state);
+            p.checkpoints = checkpoints, p.chunk_size = chunk_size;
+            p.du = du, p.ddelta = ddelta, p.dA = dA, p.dB = dB, p.dC = dC, p.dD = given(dD), p.dz = given(dz);
+            p.ddelta_bias = given(ddelta_bias), p.dinitial_state = given(dinitial_state);
+            p.workspace = workspace, p.stream = reinterpret_cast<void*>(stream);
+            const char* failure = cuda::selective_scan_backward(p);
+            if (failure) throw std::runtime_error(std::string("selective_scan (cuda): ") + failure);
+        },
+        SCAN_INPUTS, py::arg("grad_out"), py::arg("grad_final_state"), py::arg("chunk_size"), py::arg("checkpoints"),
+        py::arg("du"), py::arg("ddelta"), py::arg("dA"), py::arg("dB"), py::arg("dC"), py::arg("dD"), py::arg("dz"),
+        py::arg("ddelta_bias"), py::arg("dinitial_state"), py::arg("workspace"), py::arg("stream"));
+    m.def("selective_scan_backward_workspace_cuda", &cuda::selective_scan_backward_workspace, py::kw_only(),
+          py::arg("u"), py::arg("A"), py::arg("B"), py::arg("C"));
     m.def("selective_scan_workspace_cuda", &cuda::selective_scan_workspace, py::kw_only(), py::arg("batch"),
           py::arg("dim"), py::arg("groups"), py::arg("length"), py::arg("state"));
 #endif

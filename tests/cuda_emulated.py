@@ -41,7 +41,15 @@ def module() -> ModuleType:
     tests = Path(__file__).parent
     include = [SOURCES, SOURCES / "include", SOURCES / "cuda", SOURCES / "cpu", toolkit, pybind11.get_include()]
     include.append(Path(sys.base_prefix) / "include" / f"python3.{sys.version_info.minor}")
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-Wno-unknown-pragmas", *(f"-I{path}" for path in include)]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-U_FORTIFY_SOURCE",
+        "-Wno-unknown-pragmas",
+        *(f"-I{path}" for path in include),
+    ]
     with tempfile.TemporaryDirectory() as folder:
 
         def build(source: Path) -> Path:

@@ -3,6 +3,7 @@
 // shared memory holds at the start is NaN.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -24,7 +25,7 @@
 #undef __forceinline__
 #define __forceinline__ inline
 
-    using std::exp2;
+using std::exp2;
 using std::fabs;
 using std::fma;
 using std::isinf;
@@ -38,14 +39,15 @@ namespace emulation {
 enum class Waiting { no, warp, block };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // where it begins; from there on it is switched by jumps, which need no system call
+    jmp_buf place;
     std::vector<char> stack;
-    bool done = false;
+    bool started = false, done = false;
     Waiting waiting = Waiting::no;
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline unsigned current = 0, alive = 0;
 inline dim3 thread_index, block_index, block_size;
@@ -56,12 +58,20 @@ inline void enter() {
     body();
     fibers[current].done = true;
     --alive;
-    swapcontext(&fibers[current].context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 inline void wait(Waiting what) {
     fibers[current].waiting = what;
-    swapcontext(&fibers[current].context, &scheduler);
+    if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
+
+// Runs a fiber until it waits or ends.
+inline void resume(Fiber& fiber) {
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
 }
 
 inline void barrier() { wait(Waiting::block); }
@@ -115,7 +125,7 @@ inline void run_warp(unsigned first, unsigned last) {
             Fiber& fiber = fibers[current];
             if (!fiber.done && fiber.waiting == Waiting::no) {
                 thread_index = dim3(current);
-                swapcontext(&scheduler, &fiber.context);
+                resume(fiber);
             }
             if (!fiber.done) ++(fiber.waiting == Waiting::warp ? in_warp : in_block);
         }
@@ -139,7 +149,7 @@ void launch(Kernel* kernel, dim3 grid, unsigned threads, size_t bytes, const Arg
             std::memset(dynamic_shared, 0xff, sizeof(dynamic_shared));  // NaN
             for (Fiber& fiber : fibers) {
                 fiber.stack.resize(1 << 16);
-                fiber.done = false, fiber.waiting = Waiting::no;
+                fiber.started = fiber.done = false, fiber.waiting = Waiting::no;
                 getcontext(&fiber.context);
                 fiber.context.uc_stack.ss_sp = fiber.stack.data();
                 fiber.context.uc_stack.ss_size = fiber.stack.size();

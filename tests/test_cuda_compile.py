@@ -54,7 +54,7 @@ def run(module, inputs, options, monkeypatch, multiprocessors=0):
     final_state = torch.full((batch, dim, states), torch.nan, dtype=compute)
     groups = max((inputs[name].shape[1] for name in "BC" if inputs[name].dim() == 4), default=1)
     size = module.selective_scan_workspace_cuda(batch=batch, dim=dim, groups=groups, length=length, state=states)
-    arguments = {**inputs, **options, "out": out, "final_state": final_state}
+    arguments = {**inputs, **options, "out": out, "final_state": final_state, "checkpoints": None, "chunk_size": 32}
     arguments["workspace"] = torch.full((size,), torch.nan, dtype=compute) if size else None
     module.selective_scan_forward_cuda(**arguments, stream=0)
     return out, final_state, size

@@ -12,89 +12,39 @@
 // batch size or on the padding.
 #pragma once
 
-#include <numeric>
 #include <type_traits>
 
-#include "common.cuh"
-#include "selective_scan.h"
+#include "selective_scan.cuh"
 
 namespace parrot {
 namespace cuda {
 
-constexpr int kThreads = 128;
 constexpr int kLanes = 4;                     // threads per channel
 constexpr int kChannels = kThreads / kLanes;  // channels per block
-constexpr int kTile = 32;                     // steps staged at a time: one per lane of a warp
 constexpr int kChunk = 256;                   // steps between hand-overs; a multiple of kTile
-constexpr int kItems = kChannels * kTile / kThreads;
+constexpr int kTileItems = kItems<kChannels>;
 static_assert(kChannels == kTile, "tiles are square, constant B and C reuse the tile of steps");
 
 template <typename T>
-struct ScanArguments {
+struct ScanArguments : ScanInputs<T> {
     using Real = Compute<T>;
-    const T *u, *delta, *z;
     T* out;
-    const Real *A, *initial_state;
     Real *final_state, *chunk_state,
         *chunk_sum;  // chunk_*: the workspace, (chunks, batch, dim, state), (chunks, batch, dim)
-    Operand<T> B, C, D, delta_bias;
-    Integers lengths, seq_idx;
-    int64_t u_stride[3], delta_stride[3], z_stride[3], out_stride[3];  // batch, channel, time
-    int64_t A_stride[2], D_stride, bias_stride, initial_stride[3], final_stride[3], lengths_stride, seq_stride[2];
-    // batch, group, state, time; for constant B or C: -, -, state, channel.
-    int64_t B_stride[4], C_stride[4];
-    bool B_constant, C_constant, delta_softplus, reverse;
-    int batch, dim, length, state;
-    // Groups of channels that share B and C rows, how many of them share a row of B and of C alone, their channels,
-    // and the blocks that cover them.
-    int groups, groups_per_B, groups_per_C, group_dim, blocks_per_group;
+    int64_t out_stride[3], final_stride[3];
     int segment;  // steps per block of the grid's y axis; a multiple of kChunk if there are several
-};
 
-// The time at which scan step s of a sequence lies; padding stays where it is.
-template <typename T>
-__device__ __forceinline__ int64_t time_of(const ScanArguments<T>& p, int s, int length) {
-    return p.reverse && s < length ? length - 1 - s : s;
-}
-
-template <typename T>
-__device__ __forceinline__ int length_of(const ScanArguments<T>& p, int b) {
-    return p.lengths.data ? static_cast<int>(p.lengths[b * p.lengths_stride]) : p.length;
-}
-
-// Whether scan step s (s > 0) belongs to another packed sequence than step s - 1.
-template <typename T>
-__device__ __forceinline__ bool starts_sequence(const ScanArguments<T>& p, int b, int s, int length) {
-    const int64_t row = b * p.seq_stride[0], step = p.seq_stride[1];
-    return p.seq_idx[row + time_of(p, s, length) * step] != p.seq_idx[row + time_of(p, s - 1, length) * step];
-}
-
-// A square tile (32 channels x 32 steps) of a (batch, channel, time) tensor: each thread holds kItems elements,
-// neighbouring threads along whichever axis is contiguous.
-struct TileWalk {
-    int channel, step;        // of this thread's first element
-    int channel_by, step_by;  // to its next one
-
-    __device__ __forceinline__ explicit TileWalk(bool channels_last) {
-        const int thread = opaque(static_cast<int>(threadIdx.x));  // cheaper to derive again than to keep
-        const int minor = thread % 32, major = thread / 32, by = kThreads / 32;
-        channel = channels_last ? minor : major, step = channels_last ? major : minor;
-        channel_by = channels_last ? 0 : by, step_by = channels_last ? by : 0;
+    explicit ScanArguments(const SelectiveScanForward& params)
+        : ScanInputs<T>(params, params.checkpoints, kChannels),
+          out(params.out.ptr<T>()),
+          final_state(params.final_state.ptr<Real>()),
+          chunk_state(nullptr),
+          chunk_sum(nullptr),
+          segment(this->length > 0 ? this->length : 1) {
+        for (int i = 0; i < 3; ++i)
+            out_stride[i] = params.out.stride[i], final_stride[i] = params.final_state.stride[i];
     }
 };
-
-template <typename T>
-__device__ __forceinline__ void load_tile(T (&items)[kItems], const T* base, const int64_t (&stride)[3],
-                                          const TileWalk& walk, int64_t first_time, int direction, int channels,
-                                          int steps) {
-    const T* item = base + walk.channel * stride[1] + (first_time + direction * walk.step) * stride[2];
-    const int64_t by = opaque(walk.channel_by * stride[1] + direction * walk.step_by * stride[2]);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i, item += by) {
-        const bool valid = walk.channel + i * walk.channel_by < channels && walk.step + i * walk.step_by < steps;
-        items[i] = valid ? *item : from_compute<T>(0);
-    }
-}
 
 // The state after a chunk from the state before it.
 template <typename Real>
@@ -102,27 +52,10 @@ __device__ __forceinline__ Real hand_over(Real sum, Real A2, Real start, Real e)
     return isinf(sum) ? e : fma(exp2_fast(A2 * sum), start, e);
 }
 
-template <int STATES>
-__device__ __forceinline__ void load_row(float (&row)[STATES], const float* shared) {
-    if constexpr (STATES % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < STATES; i += 4) {
-            const float4 v = *reinterpret_cast<const float4*>(shared + i);
-            row[i] = v.x, row[i + 1] = v.y, row[i + 2] = v.z, row[i + 3] = v.w;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < STATES; i += 2) {
-            const float2 v = *reinterpret_cast<const float2*>(shared + i);
-            row[i] = v.x, row[i + 1] = v.y;
-        }
-    }
-}
-
 // Bounds the registers of a thread (65536 per multiprocessor).
 constexpr int blocks_per_multiprocessor(int states) { return states <= 4 ? 4 : states <= 6 ? 3 : 2; }
 
-__device__ __forceinline__ float4 as_float4(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
+using Walk = TileWalk<kChannels>;
 
 // SUMMARY: only the chunks' (sum, e) of this block's segment. Otherwise: outputs, starting from the state before the
 // segment, which `scan_chunks` left in place of e.
@@ -157,10 +90,10 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
     T* const out = p.out + b * p.out_stride[0] + d0 * p.out_stride[1];
 
     if (!SUMMARY) {  // padding
-        const TileWalk walk(out_last);
+        const Walk walk(out_last);
         const int stop = min(begin + p.segment, p.length);
         for (int t = max(begin, length) + walk.step; t - walk.step < stop; t += kTile)
-            for (int i = 0; i < kItems; ++i)
+            for (int i = 0; i < kTileItems; ++i)
                 if (walk.channel + i * walk.channel_by < channels && t + i * walk.step_by < stop)
                     out[(walk.channel + i * walk.channel_by) * p.out_stride[1] +
                         (t + i * walk.step_by) * p.out_stride[2]] = from_compute<T>(0.0f);
@@ -190,13 +123,6 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
     auto is_C = [&](int k) { return (k * kThreads + tid) / kTile >= N / 4; };
     auto first_state = [&](int k) { return (k * kThreads + tid) / kTile * 4 % N; };
     auto by_step = [&](bool C) { return C ? !p.C_constant && !SUMMARY : !p.B_constant; };
-    auto load_quad = [&](float (&quad)[4], bool C, int64_t origin, int n) {
-        const Operand<T>& matrix = C ? p.C : p.B;
-        const int64_t by = opaque(C ? p.C_stride[2] : p.B_stride[2]);
-        origin += n * by;
-#pragma unroll
-        for (int i = 0; i < 4; ++i, origin += by) quad[i] = n + i < p.state ? matrix[origin] : 0.0f;
-    };
     if (tid < kChannels) {
         bias[tid] = p.delta_bias.data && tid < channels ? p.delta_bias[(d0 + tid) * p.bias_stride] : 0.0f;
         skip[tid] = p.D.data && tid < channels ? p.D[(d0 + tid) * p.D_stride] : 0.0f;
@@ -206,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
         if (!(C ? p.C_constant : p.B_constant)) continue;
         float quad[4] = {};
         const int c = tid % kTile;
-        if (c < channels) load_quad(quad, C, (d0 + c) * (C ? p.C_stride[3] : p.B_stride[3]), first_state(k));
+        if (c < channels) load_quad(quad, p, C, (d0 + c) * (C ? p.C_stride[3] : p.B_stride[3]), first_state(k));
         *reinterpret_cast<float4*>(&rows[C][c][first_state(k)]) = as_float4(quad);
     }
     const float* const B_row = &rows[0][p.B_constant ? channel : 0][lane * STATES];
@@ -214,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
     const int B_by = p.B_constant ? 0 : kRow, C_by = p.C_constant ? 0 : kRow;
 
     const int direction = p.reverse ? -1 : 1;
-    T next_u[kItems], next_delta[kItems], gate[kItems];
+    T next_u[kTileItems], next_delta[kTileItems], gate[kTileItems];
     // A tile ahead is loaded into registers. With more states there is no room, and more work to hide the wait behind.
     constexpr bool kRowsAhead = STATES < 6, kAhead = STATES <= 8;
     float quads[kRowsAhead ? kQuads : 1][4];
@@ -224,15 +150,15 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
         quad[0] = quad[1] = quad[2] = quad[3] = 0.0f;
         if (!by_step(C) || s0 + s >= end) return;
         const int64_t (&stride)[4] = C ? p.C_stride : p.B_stride;
-        load_quad(quad, C,
+        load_quad(quad, p, C,
                   b * stride[0] + group / (C ? p.groups_per_C : p.groups_per_B) * stride[1] +
                       time_of(p, s0 + s, length) * stride[3],
                   first_state(k));
     };
     auto prefetch = [&](int s0) {
         const int64_t time = time_of(p, s0, length);
-        load_tile(next_u, u, p.u_stride, TileWalk(u_last), time, direction, channels, end - s0);
-        load_tile(next_delta, delta, p.delta_stride, TileWalk(delta_last), time, direction, channels, end - s0);
+        load_tile(next_u, u, p.u_stride, Walk(u_last), time, direction, channels, end - s0);
+        load_tile(next_delta, delta, p.delta_stride, Walk(delta_last), time, direction, channels, end - s0);
         if constexpr (kRowsAhead) {
 #pragma unroll
             for (int k = 0; k < kQuads; ++k) load_step(quads[k], k, s0);
@@ -245,9 +171,9 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
         if (!kAhead) prefetch(s0);
         __syncthreads();  // the previous tile has been read
         // delta goes first, then u, so that each may have its own layout.
-        const TileWalk delta_walk(delta_last);
+        const Walk delta_walk(delta_last);
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) {
+        for (int i = 0; i < kTileItems; ++i) {
             const int c = delta_walk.channel + i * delta_walk.channel_by, s = delta_walk.step + i * delta_walk.step_by;
             float dt = to_compute(next_delta[i]);
             dt += bias[c];
@@ -255,9 +181,9 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
             inputs[c][s].x = c < channels && s < steps ? dt : 0.0f;  // a step of zero leaves the state as it is
         }
         if (u_last != delta_last) __syncthreads();
-        const TileWalk u_walk(u_last);
+        const Walk u_walk(u_last);
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) {
+        for (int i = 0; i < kTileItems; ++i) {
             const int c = u_walk.channel + i * u_walk.channel_by, s = u_walk.step + i * u_walk.step_by;
             const float x = to_compute(next_u[i]);
             inputs[c][s].y = inputs[c][s].x * x;
@@ -276,8 +202,15 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
             resets = __ballot_sync(0xffffffffu, s > 0 && s < end && starts_sequence(p, b, s, length));
         }
         __syncthreads();
+        if (!SUMMARY && p.checkpoints) {
+            const int thread = opaque(tid), c = thread / kLanes, n0 = thread % kLanes * STATES;
+            float* const kept = checkpoint(p, b, s0 / kTile, opaque(d0) + c) + n0;
+#pragma unroll
+            for (int i = 0; i < STATES; ++i)
+                if (c < channels && n0 + i < p.state) kept[i] = h[i];
+        }
         if (!SUMMARY && z)
-            load_tile(gate, z, p.z_stride, TileWalk(z_last), time_of(p, s0, length), direction, channels, steps);
+            load_tile(gate, z, p.z_stride, Walk(z_last), time_of(p, s0, length), direction, channels, steps);
         if (kAhead && s0 + kTile < end) prefetch(s0 + kTile);
 
         auto four_steps = [&](int s, auto has_resets) {
@@ -340,12 +273,12 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(STATES)) s
 
         if (!SUMMARY) {
             __syncthreads();
-            const TileWalk walk(z ? z_last : out_last);  // the gate's elements lie where they were loaded
+            const Walk walk(z ? z_last : out_last);  // the gate's elements lie where they were loaded
             const int64_t time = time_of(p, s0, length) + direction * walk.step;
             const int64_t by = opaque(walk.channel_by * p.out_stride[1] + direction * walk.step_by * p.out_stride[2]);
             T* item = out + walk.channel * p.out_stride[1] + time * p.out_stride[2];
 #pragma unroll
-            for (int i = 0; i < kItems; ++i, item += by) {
+            for (int i = 0; i < kTileItems; ++i, item += by) {
                 const int c = walk.channel + i * walk.channel_by, s = walk.step + i * walk.step_by;
                 float y = outputs[c][s];
                 if (z) y *= silu(to_compute(gate[i]));
@@ -416,6 +349,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_generic(const ScanAr
             const Real B = p.B[B_origin + n * p.B_stride[2] + (p.B_constant ? 0 : t * p.B_stride[3])];
             const Real C = p.C[C_origin + n * p.C_stride[2] + (p.C_constant ? 0 : t * p.C_stride[3])];
             const Real before = reset ? Real(0) : state[n * p.final_stride[2]];
+            if (p.checkpoints && s % kTile == 0) checkpoint(p, b, s / kTile, d)[n] = state[n * p.final_stride[2]];
             const Real h = fma(exp2_fast(dt * A2), before, dt * x * B);
             state[n * p.final_stride[2]] = h;
             y = fma(h, C, y);
@@ -442,47 +376,6 @@ inline int64_t channel_blocks(int64_t batch, int64_t dim, int64_t groups) {
     return batch * groups * ((dim / groups + kChannels - 1) / kChannels);
 }
 
-template <typename T>
-ScanArguments<T> scan_arguments(const SelectiveScanForward& params) {
-    using Real = Compute<T>;
-    ScanArguments<T> p{};
-    p.u = params.u.ptr<const T>(), p.delta = params.delta.ptr<const T>();
-    p.z = params.z ? params.z.ptr<const T>() : nullptr, p.out = params.out.ptr<T>();
-    p.A = params.A.ptr<const Real>(), p.final_state = params.final_state.ptr<Real>();
-    p.initial_state = params.initial_state ? params.initial_state.ptr<const Real>() : nullptr;
-    p.B = Operand<T>(params.B), p.C = Operand<T>(params.C), p.D = Operand<T>(params.D);
-    p.delta_bias = Operand<T>(params.delta_bias);
-    p.lengths = Integers(params.lengths), p.seq_idx = Integers(params.seq_idx);
-    for (int i = 0; i < 3; ++i) {
-        p.u_stride[i] = params.u.stride[i], p.delta_stride[i] = params.delta.stride[i];
-        p.z_stride[i] = params.z.stride[i], p.out_stride[i] = params.out.stride[i];
-        p.initial_stride[i] = params.initial_state.stride[i], p.final_stride[i] = params.final_state.stride[i];
-    }
-    for (int i = 0; i < 2; ++i) p.A_stride[i] = params.A.stride[i], p.seq_stride[i] = params.seq_idx.stride[i];
-    p.D_stride = params.D.stride[0], p.bias_stride = params.delta_bias.stride[0];
-    p.lengths_stride = params.lengths.stride[0];
-    auto matrix_strides = [](const TensorView& m, int64_t (&stride)[4]) {
-        if (m.ndim == 2) {
-            stride[2] = m.stride[1], stride[3] = m.stride[0];
-        } else {
-            stride[0] = m.stride[0], stride[1] = m.ndim == 4 ? m.stride[1] : 0;
-            stride[2] = m.stride[m.ndim - 2], stride[3] = m.stride[m.ndim - 1];
-        }
-    };
-    matrix_strides(params.B, p.B_stride), matrix_strides(params.C, p.C_stride);
-    p.B_constant = params.B.ndim == 2, p.C_constant = params.C.ndim == 2;
-    p.delta_softplus = params.delta_softplus, p.reverse = params.reverse;
-    p.batch = static_cast<int>(params.u.size[0]), p.dim = static_cast<int>(params.u.size[1]);
-    p.length = static_cast<int>(params.u.size[2]), p.state = static_cast<int>(params.A.size[1]);
-    const int B_groups = scan_groups(params.B), C_groups = scan_groups(params.C);
-    p.groups = std::lcm(B_groups, C_groups);
-    p.groups_per_B = p.groups / B_groups, p.groups_per_C = p.groups / C_groups;
-    p.group_dim = p.dim / p.groups;
-    p.blocks_per_group = (p.group_dim + kChannels - 1) / kChannels;
-    p.segment = p.length > 0 ? p.length : 1;
-    return p;
-}
-
 template <typename T, int STATES>
 void launch_scan(ScanArguments<T>& p, int segments, void* stream) {
     const unsigned blocks = static_cast<unsigned>(channel_blocks(p.batch, p.dim, p.groups));
@@ -502,7 +395,8 @@ void launch_scan(ScanArguments<T>& p, int segments, void* stream) {
 
 template <typename T>
 const char* scan_forward_launch(const SelectiveScanForward& params) {
-    ScanArguments<T> p = scan_arguments<T>(params);
+    ScanArguments<T> p(params);
+    if (p.checkpoints && params.chunk_size != kTile) return "checkpoints must be 32 steps apart";
     if (p.batch == 0 || p.dim == 0) return nullptr;
     int segments = 1;
     const int64_t workspace = selective_scan_workspace(p.batch, p.dim, p.groups, p.length, p.state);

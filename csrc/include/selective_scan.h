@@ -29,18 +29,24 @@ struct SelectiveScanBackward : SelectiveScanInputs {
     int64_t chunk_size = 0;
     // Outputs, preallocated; those of absent inputs are absent.
     TensorView du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state;
-    int num_threads = 1;
+    TensorView workspace;    // CUDA: what selective_scan_backward_workspace asks for
+    int num_threads = 1;     // CPU
+    void* stream = nullptr;  // CUDA
 };
 
 // Groups into which a B or C divides the channels.
 inline int scan_groups(const TensorView& matrix) { return matrix.ndim == 4 ? static_cast<int>(matrix.size[1]) : 1; }
 
 namespace cuda {
-// Returns nullptr, or what the launch failed with.
+// Return nullptr, or what the launch failed with.
 const char* selective_scan_forward(const SelectiveScanForward& params);
+const char* selective_scan_backward(const SelectiveScanBackward& params);
 // Elements of the compute dtype that let the time axis run in parallel; 0 where that would not be faster on the
 // current device. `groups`: the least common multiple of those of B and C. Results are bitwise the same without.
 int64_t selective_scan_workspace(int64_t batch, int64_t dim, int64_t groups, int64_t length, int64_t state);
+// Elements of the compute dtype that the backward needs.
+int64_t selective_scan_backward_workspace(const TensorView& u, const TensorView& A, const TensorView& B,
+                                          const TensorView& C);
 }  // namespace cuda
 
 }  // namespace parrot

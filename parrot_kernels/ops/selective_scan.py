@@ -227,8 +227,7 @@ class Kernels(NamedTuple):
     checkpoints: bool  # whether the forward writes the states that the backward starts from
 
 
-def _cuda_forward(*, chunk_size: int, checkpoints: Tensor | None, **arguments: Any) -> None:
-    del chunk_size, checkpoints  # this kernel keeps none
+def _cuda_forward(**arguments: Any) -> None:
     u, final_state = arguments["u"], arguments["final_state"]
     groups = (m.shape[1] if m.dim() == 4 else 1 for m in (arguments["B"], arguments["C"]))
     with torch.cuda.device(u.device):
@@ -237,6 +236,22 @@ def _cuda_forward(*, chunk_size: int, checkpoints: Tensor | None, **arguments: A
         )
     workspace = final_state.new_empty(size) if size else None
     native.call_cuda("selective_scan_forward_cuda", u.device, workspace=workspace, **arguments)
+
+
+def _cuda_backward(*, checkpoints: Tensor | None, **arguments: Any) -> None:
+    u, A = arguments["u"], arguments["A"]
+    if checkpoints is None:  # none were kept: run forward again
+        (batch, dim, length), states = u.shape, A.shape[1]
+        checkpoints = A.new_empty(batch, -(-length // CHUNK_SIZE), dim, states)
+        names = ("delta", "B", "C", "D", "delta_bias", "delta_softplus", "reverse", "lengths", "seq_idx", "chunk_size")
+        inputs = {name: arguments[name] for name in (*names, "initial_state")}
+        out, final_state = torch.empty_like(u), A.new_empty(batch, dim, states)
+        _cuda_forward(u=u, A=A, z=None, **inputs, out=out, final_state=final_state, checkpoints=checkpoints)
+    matrices = {name: arguments[name] for name in ("u", "A", "B", "C")}
+    workspace = A.new_empty(native.workspace_size("selective_scan_backward_workspace_cuda", **matrices))
+    native.call_cuda(
+        "selective_scan_backward_cuda", u.device, checkpoints=checkpoints, workspace=workspace, **arguments
+    )
 
 
 def _cpu_forward(**arguments: Any) -> None:
@@ -257,7 +272,7 @@ KERNELS = {  # a backend that has no backward of its own yet borrows the referen
     "torch": Kernels(reference.forward, reference.backward, checkpoints=True),
     "cpu": Kernels(_cpu_forward, _cpu_backward, checkpoints=True),
     "triton": Kernels(_triton_forward, reference.backward, checkpoints=True),
-    "cuda": Kernels(_cuda_forward, reference.backward, checkpoints=False),
+    "cuda": Kernels(_cuda_forward, _cuda_backward, checkpoints=True),
 }
 
 

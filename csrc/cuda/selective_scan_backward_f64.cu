@@ -1,0 +1,12 @@
+// One file per dtype, so that they compile in parallel.
+#include "selective_scan_backward.cuh"
+
+namespace parrot {
+namespace cuda {
+
+const char* selective_scan_backward_f64(const SelectiveScanBackward& params) {
+    return scan_backward::launch<double>(params);
+}
+
+}  // namespace cuda
+}  // namespace parrot
