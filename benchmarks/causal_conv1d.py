@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import machine
+from . import machine, timing
 
 TOLERANCE = 2e-3
 WIDTH = 4
@@ -84,6 +84,14 @@ def work(
     for tensor in inputs:
         tensor.requires_grad_()
     return lambda: torch.autograd.grad(convolution(*inputs), inputs, gradient)
+
+
+def floor_seconds(case: Case, both: bool) -> float:
+    """A copy of the input and the exponentials of SiLU; with the backward 2.5 times the bytes and twice the rest."""
+    x = case.inputs("cpu")[0][0]
+    copy = min(timing.once(lambda: torch.empty_like(x).copy_(x), "cpu") for _ in range(20))
+    exponentials = case.floor()["exponentials"] / machine.exponentials_per_second()
+    return (2.5 * copy + 2 * exponentials) if both else (copy + exponentials)
 
 
 def works(

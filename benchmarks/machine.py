@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.metadata
 import platform
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -54,3 +57,18 @@ def our_backends(op: str, device: str) -> list[str]:
         for name in ("cpu", "triton", "cuda")
         if (name == "cpu") == (device == "cpu") and name in backends.IMPLEMENTED[op]
     ]
+
+
+@functools.lru_cache(maxsize=1)
+def exponentials_per_second() -> float:
+    """fp32 vector exponentials that torch's threads compute together, by a loop compiled for this processor."""
+    csrc = ROOT / "csrc"
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "exp_rate.so"
+        include = [f"-I{csrc / 'include'}", f"-I{csrc / 'cpu'}"]
+        options = ["-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC"]
+        source = Path(__file__).with_name("exp_rate.cpp")
+        subprocess.run(["g++", *options, *include, str(source), "-o", str(library)], check=True)
+        function = ctypes.CDLL(str(library)).exponentials_per_second
+        function.restype = ctypes.c_double
+        return function() * torch.get_num_threads()

@@ -142,8 +142,9 @@ def show(rows: list[dict]) -> None:
     for row in sorted(rows, key=lambda r: r["p50_ms"]):
         ratio = f"{row['p50_ms'] / ours:8.1f}x" if ours else " " * 9
         peak = "       -" if row["peak_mib"] is None else f"{row['peak_mib']:8.1f}"
+        floor = f"{100 * row['floor_ms'] / row['p50_ms']:6.1f} % of the floor's speed" if "floor_ms" in row else ""
         print(
-            f"  {row['provider']:<34} {row['p50_ms']:10.3f} ms {ratio} {peak} MiB   error {row['error']:.1e}",
+            f"  {row['provider']:<34} {row['p50_ms']:10.3f} ms {ratio} {peak} MiB   error {row['error']:.1e} {floor}",
             flush=True,
         )
 
@@ -175,6 +176,10 @@ def main(argv: list[str] | None = None) -> int:
         for mode in arguments.modes:
             print(f"\n{case} {'forward + backward' if mode == 'both' else 'forward'}", flush=True)
             rows = measure(op, case, mode, arguments)
+            if arguments.device == "cpu" and hasattr(op, "floor_seconds"):
+                floor = op.floor_seconds(case, mode == "both") * 1e3
+                rows = [{**row, "floor_ms": floor} for row in rows]
+                print(f"  floor {floor:.3f} ms")
             show(rows)
             if not arguments.no_save:
                 RESULTS.mkdir(exist_ok=True)

@@ -92,7 +92,7 @@ def step_loop(one_step: Callable) -> Scan:
 def materialised_loop(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:
-    """The loop in mamba-ssm's and transformers' slow style, over decays of size B*D*L*N made beforehand."""
+    """The loop of mamba-ssm's reference, over decays of size B*D*L*N made beforehand, with a backward linear in L."""
     delta = prepare(delta, bias)
     decay = torch.exp(delta[..., None] * A[:, None])
     update = (delta * u)[..., None] * B.mT[:, None]
@@ -115,6 +115,16 @@ def mambapy() -> Scan:
     return run
 
 
+def transformers_slow_path() -> Scan:
+    """The recurrent path of transformers' Mamba, as published since 5.16."""
+    try:
+        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+    except ImportError as error:
+        raise ImportError("transformers >= 5.16") from error
+
+    return lambda u, delta, A, B, C, D, z, bias: mamba_selective_scan(u, delta, A, B, C, D, z, bias, True)
+
+
 def scans(device: str, peers: bool) -> dict[str, Callable[[], Scan]]:
     """Name -> a factory that raises ImportError where the peer is not installed."""
     found: dict[str, Callable[[], Scan]] = {}
@@ -123,7 +133,8 @@ def scans(device: str, peers: bool) -> dict[str, Callable[[], Scan]]:
     if peers:
         found["step loop"] = lambda: step_loop(step)
         found["step loop, compiled step"] = lambda: step_loop(torch.compile(step, dynamic=False))
-        found["transformers' style loop"] = lambda: materialised_loop
+        found["materialised loop, unbind"] = lambda: materialised_loop
+        found["transformers' slow path"] = transformers_slow_path
         found["mambapy pscan"] = mambapy
     return found
 
@@ -147,10 +158,15 @@ def work(
 def works(
     case: Case, device: str, both: bool, peers: bool
 ) -> dict[str, Callable[[], Callable[[], tuple[Tensor, ...]]]]:
-    return {
-        name: lambda factory=factory: work(factory(), case, device, both)
-        for name, factory in scans(device, peers).items()
-    }
+    made = scans(device, peers)
+    if both and case.L > 512:  # its backward is quadratic in L: minutes
+        made.pop("transformers' slow path", None)
+    return {name: lambda factory=factory: work(factory(), case, device, both) for name, factory in made.items()}
+
+
+def floor_seconds(case: Case, both: bool) -> float:
+    """The exponentials of the forward; three times that with the backward, which also computes the states again."""
+    return case.floor()["exponentials"] / machine.exponentials_per_second() * (3 if both else 1)
 
 
 def expected(case: Case, both: bool) -> tuple[Tensor, ...]:
