@@ -45,7 +45,7 @@ MAX_REGISTERS = 255  # all that a thread can have
 
 # Sizes of problems, for which no kernel is compiled anew.
 SIZES = ["size", "own_size", "other_size", "centre_size", "own_stride", "other_stride", "D", "blocks", "chunks"]
-SIZES += ["depths", "n_iters", "step", "steps", "N", "M"]
+SIZES += ["depths", "value_stride", "n_iters", "own_step", "step", "own_lag", "other_lag", "steps", "N", "M"]
 
 
 class Tiles(NamedTuple):
@@ -349,7 +349,8 @@ def _sinkhorn_project(
     factors,
     own_potential,  # (B, own_size)
     other_potential,  # (B, other_size)
-    values,  # (B, other_size, D)
+    values,  # (B, other_size, value_stride), of which D are taken
+    value_stride,
     projected,  # (B, own_size, D)
     hadamard,  # (B, own_size, D) or None: own_points * projected
     COST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
@@ -377,8 +378,8 @@ def _sinkhorn_project(
         other_exponent = tl.load(other_potential + other + j, mask=valid_j, other=float("-inf"))
         weight = tl.exp2((own_exponent[:, None] - c * factor) + other_exponent[None, :])
         mask = valid_j[:, None] & (d < D)[None, :]
-        value = tl.load(values + other * D + (j[:, None] * D + d[None, :]), mask=mask, other=0.0).to(tl.float32)
-        total = tl.dot(weight, value, total, input_precision=PRECISION)
+        value = tl.load(values + other * value_stride + (j[:, None] * value_stride + d[None, :]), mask=mask, other=0.0)
+        total = tl.dot(weight, value.to(tl.float32), total, input_precision=PRECISION)
     offsets = own * D + (i[:, None] * D + d[None, :])
     mask = (i < own_size - start)[:, None] & (d < D)[None, :]
     tl.store(projected + offsets, total, mask=mask)
@@ -510,7 +511,7 @@ class Workspace:
         kernel, blocks = self.by_blocks(_sinkhorn_project, own, self.tiles.own, triton.cdiv(self.D, features))
         geometry = self.geometry(own, other, blocks)
         kernel(
-            *geometry, self.factors, own_exponent, other_exponent, values, projected, hadamard,
+            *geometry, self.factors, own_exponent, other_exponent, values, values.shape[2], projected, hadamard,
             **self.shape, FEATURES=features, **self.launch_options(self.tiles.point_warps),
         )  # fmt: skip
 
