@@ -32,6 +32,7 @@ MODULES = (
     "sinkhorn_hadamard",
     "sinkhorn_hadamard_backward",
     "sinkhorn_streaming",
+    "sinkhorn_streaming_backward",
     "selective_scan",
     "causal_conv1d",
     "reductions",

@@ -151,7 +151,7 @@ def _sinkhorn_plan(
         if plan is not None:
             rows = plan + (problem * own_size + start) * other_size + at
             mask = (i < own_size - start)[:, None] & (j < other_size - at)[None, :]
-            tl.store(rows + (i.to(tl.int64)[:, None] * other_size + j[None, :]), probability, mask=mask)
+            tl.store(rows + (i[:, None] * other_size + j[None, :]), probability, mask=mask)
     partial += (problem * chunks + tl.program_id(1)) * own_size + start
     tl.store(partial + i, total, mask=i < own_left)
 
@@ -269,7 +269,7 @@ def forward(
         kernel, count = w.by_blocks(_sinkhorn_plan, rows, tiles.own, rows.chunks)
         kernel(
             *w.geometry(rows, columns, count), w.factors, rows.potential, columns.potential, plan, rows.partial,
-            **w.shape, CHUNK=tiles.chunk, **w.options,
+            **w.tile(_sinkhorn_plan),
         )  # fmt: skip
         _sinkhorn_finish[each](
             rows.partial, rows.counts, columns.counts, w.eps, rows.potential, columns.potential, f, g, transport_cost,
@@ -287,4 +287,4 @@ def specializations() -> Iterator[Specialization]:
     types |= {"converged": "*i8"} | dict.fromkeys(("cost_scale", "tol", "threshold", "inverse_rho"), "fp32")
     yield from over_tiles(_sinkhorn_plan, types)
     for kernel in (_sinkhorn_start, _sinkhorn_check, _sinkhorn_finish):
-        yield compiled(kernel, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk}, tiles)
+        yield compiled(kernel, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk})

@@ -37,9 +37,9 @@ from torch import Tensor
 
 from .sinkhorn_tiles import (
     COSINE,
+    COSTS,
     EUCLIDEAN,
     LN2,
-    MATRIX,
     PRECISION,
     SIZES,
     Side,
@@ -112,7 +112,7 @@ def _sinkhorn_plan_sums(
                 gradient += c * (unit * tl.load(grad_transport_cost + problem))
             if grad_plan is not None:
                 corner = grad_plan + problem * own_size * other_size + start * own_stride + at * other_stride
-                offsets = i.to(tl.int64)[:, None] * own_stride + j.to(tl.int64)[None, :] * other_stride
+                offsets = i[:, None] * own_stride + j[None, :] * other_stride
                 gradient += tl.load(corner + offsets, mask=valid, other=0.0)
             weighted = gradient * tl.exp2((own_exponent[:, None] - c) + exponent[None, :])
             total += tl.sum(tl.where(valid, weighted, 0.0), 1)
@@ -203,9 +203,11 @@ def _sinkhorn_sweep(
     else:
         active = active & (step < done)
     if active:
-        i = start + tl.arange(0, OWN)
+        i = tl.arange(0, OWN)
         j = tl.arange(0, OTHER)
-        valid_i = i < own_left + start
+        valid_i = i < own_left
+        own_history += start
+        own_log_weights += start
         epsilon = tl.load(eps + problem)
         unit = epsilon * LN2
         factor = tl.load(factors + problem)
@@ -224,20 +226,19 @@ def _sinkhorn_sweep(
                 own_size, other_size, own_stride, other_stride, D, depths,
                 problem, start, at, own_left, others - at, COST, OWN, OTHER, DEPTH,
             )  # fmt: skip
-            at += j
-            valid_j = at < others
+            valid_j = j < others - at
             other = stored_potential(
-                other_history, problem, step - 1, n_iters, other_size, at, valid_j, unit, float("-inf")
+                other_history + at, problem, step - 1, n_iters, other_size, j, valid_j, unit, float("-inf")
             )
             total += tl.sum(tl.exp2((own_shift[:, None] - c) + other[None, :]), 1)
             if not LAST:
                 shift = stored_shift(
-                    other_history, other_log_weights, problem, step, n_iters, other_size, at, valid_j, unit, stretch,
-                    float("-inf"),
+                    other_history + at, other_log_weights + at, problem, step, n_iters, other_size, j, valid_j, unit,
+                    stretch, float("-inf"),
                 )  # fmt: skip
-                weight = tl.load(weights + (problem * n_iters + step) * other_size + at, mask=valid_j, other=0.0)
+                weight = tl.load(weights + (problem * n_iters + step) * other_size + at + j, mask=valid_j, other=0.0)
                 product += tl.sum(tl.exp2((own[:, None] - c) + shift[None, :]) * weight[None, :], 1)
-        at = (problem * chunks + tl.program_id(1)) * own_size + i
+        at = (problem * chunks + tl.program_id(1)) * own_size + start + i
         tl.store(sums + at, total, mask=valid_i)
         if not LAST:
             tl.store(products + at, product, mask=valid_i)
@@ -313,16 +314,14 @@ def cost_gradient_tile(
 
     The potentials in the exponents of an iteration's weights lag by one iteration on the side of y.
     """
-    rows = tl.arange(0, OWN)
-    columns = tl.arange(0, OTHER)
-    valid_i = rows < own_left
-    valid_j = columns < other_left
-    i = start + rows
-    j = at + columns
-    own_at = problem * own_size + i
-    other_at = problem * other_size + j
-    own = tl.load(own_potential + own_at, mask=valid_i, other=0.0)
-    other = tl.load(other_potential + other_at, mask=valid_j, other=0.0)
+    i = tl.arange(0, OWN)
+    j = tl.arange(0, OTHER)
+    valid_i = i < own_left
+    valid_j = j < other_left
+    own_at = problem * own_size + start
+    other_at = problem * other_size + at
+    own = tl.load(own_potential + own_at + i, mask=valid_i, other=0.0)
+    other = tl.load(other_potential + other_at + j, mask=valid_j, other=0.0)
     probability = tl.exp2((own[:, None] - c) + other[None, :])
     epsilon = tl.load(eps + problem)
     unit = epsilon * LN2
@@ -334,25 +333,31 @@ def cost_gradient_tile(
         if not DETACHED:
             through -= direct * c * unit
     if not DETACHED:
-        own_first = (problem * own_size + start) * (depths * DEPTH)
-        other_first = (problem * other_size + at) * (depths * DEPTH)
+        own_first = own_at * (depths * DEPTH)
+        other_first = other_at * (depths * DEPTH)
         if grad_plan is not None:
             corner = grad_plan + problem * own_size * other_size + start * own_stride + at * other_stride
-            offsets = rows.to(tl.int64)[:, None] * own_stride + columns.to(tl.int64)[None, :] * other_stride
+            offsets = i[:, None] * own_stride + j[None, :] * other_stride
             mask = valid_i[:, None] & valid_j[None, :]
             through -= tl.load(corner + offsets, mask=mask, other=0.0) * probability
         if own_gradient is not None:
             products = product_tile(
                 own_gradient + own_first, other_wide + other_first, own_left, other_left, depths, OWN, OTHER, DEPTH
             )
-            shift = tl.load(own_shift + own_at, mask=valid_i, other=0.0)
+            shift = tl.load(own_shift + own_at + i, mask=valid_i, other=0.0)
             through -= products * tl.exp2((shift[:, None] - c) + other[None, :])
         if other_gradient is not None:
             products = product_tile(
                 own_wide + own_first, other_gradient + other_first, own_left, other_left, depths, OWN, OTHER, DEPTH
             )
-            shift = tl.load(other_shift + other_at, mask=valid_j, other=0.0)
+            shift = tl.load(other_shift + other_at + j, mask=valid_j, other=0.0)
             through -= products * tl.exp2((own[:, None] - c) + shift[None, :])
+        own_history += start
+        other_history += at
+        own_log_weights += start
+        other_log_weights += at
+        own_weights += start
+        other_weights += at
         own_stretch = 1.0 + epsilon * own_inverse_rho
         other_stretch = 1.0 + epsilon * other_inverse_rho
         for k in tl.range(0, tl.load(iterations + problem), num_stages=1):
@@ -416,7 +421,7 @@ def _sinkhorn_cost_gradient(
         if dcost_matrix is not None:
             gradient = (direct + through / epsilon) / tl.load(scale + problem)
             target = dcost_matrix + (problem * own_size + start) * other_size + at
-            offsets = i.to(tl.int64)[:, None] * other_size + j[None, :]
+            offsets = i[:, None] * other_size + j[None, :]
             mask = (i < own_size - start)[:, None] & (j < other_size - at)[None, :]
             tl.store(target + offsets, tl.where(valid, gradient, 0.0), mask=mask)
     if partial is not None:
@@ -689,7 +694,7 @@ class _Backward:
                 kernel, blocks = w.by_blocks(_sinkhorn_plan_sums, a, tiles.own, a.chunks)
                 kernel(
                     *w.geometry(a, b, blocks), w.factors, w.eps, a.potential, b.potential, self.grad_plan,
-                    self.grad_transport_cost, a.partial, **w.shape, CHUNK=tiles.chunk, **w.options,
+                    self.grad_transport_cost, a.partial, **w.tile(_sinkhorn_plan_sums),
                 )  # fmt: skip
             kernel, blocks = w.by_blocks(_sinkhorn_start_adjoint, a, tiles.own)
             kernel(
@@ -711,7 +716,7 @@ class _Backward:
             kernel(
                 *w.geometry(a, b, blocks), w.factors, w.eps, self.iterations, own.history, other.history,
                 a.log_weights, b.log_weights, other.weights, a.partial, sums[id(own)], n_iters, own_step, step,
-                a.inverse_rho, b.inverse_rho, **w.shape, **constants,
+                a.inverse_rho, b.inverse_rho, LAST=last, **w.tile(_sinkhorn_sweep),
             )  # fmt: skip
             kernel, blocks = w.by_blocks(_sinkhorn_sweep_update, a, tiles.vector)
             kernel(
@@ -743,7 +748,7 @@ class _Backward:
         kernel, blocks = w.by_blocks(_sinkhorn_cost_gradient, a, w.tiles.own, a.chunks)
         kernel(
             *self.cost_arguments(self.x, self.y, blocks), dcost_matrix, a.partial if for_eps else None,
-            DETACHED=self.detached, **w.shape, CHUNK=w.tiles.chunk, **w.options,
+            DETACHED=self.detached, **w.tile(_sinkhorn_cost_gradient),
         )  # fmt: skip
 
     def points(self, own: Adjoint, other: Adjoint, through_cost: bool, gradient: Tensor) -> None:
@@ -752,8 +757,8 @@ class _Backward:
         if through_cost:
             kernel, blocks = w.by_blocks(_sinkhorn_points_gradient, a, tiles.own, triton.cdiv(w.D, tiles.features))
             kernel(
-                *self.cost_arguments(own, other, blocks), through, DETACHED=self.detached, **w.shape,
-                FEATURES=tiles.features, **w.launch_options(tiles.point_warps),
+                *self.cost_arguments(own, other, blocks), through, DETACHED=self.detached,
+                **w.tile(_sinkhorn_points_gradient),
             )  # fmt: skip
         kernel, blocks = w.by_blocks(_sinkhorn_finish_points, a, tiles.own)
         kernel(
@@ -848,3 +853,25 @@ def backward(
                 target.zero_() if detached else weight_gradient(own, weights, target)
         if deps is not None:
             deps.zero_() if detached else run.eps(deps)
+
+
+def specializations() -> Iterator[Specialization]:
+    """What the launcher can ask for, with every optional argument."""
+    tiles = Tiles()
+    kernels = (_sinkhorn_plan_sums, _sinkhorn_sweep, _sinkhorn_cost_gradient, _sinkhorn_points_gradient)
+    others = (_sinkhorn_start_adjoint, _sinkhorn_finish_points, _sinkhorn_sweep_update, _sinkhorn_eps_gradient)
+    names = {name for kernel in kernels + others for name in kernel.arg_names}
+    types = dict.fromkeys(names - set(SIZES), "*fp32")
+    types |= dict.fromkeys(("counts", "other_counts", "x_counts", "y_counts", "iterations"), "*i32")
+    types |= {name: "fp32" for name in names if name.endswith("inverse_rho")}
+    for kernel in kernels:
+        last = {"LAST": False} if kernel is _sinkhorn_sweep else {}
+        modes = {"DETACHED": False} if "DETACHED" in kernel.arg_names else {}
+        yield from over_tiles(kernel, types, **last, **modes)
+    blocks = {"BLOCK": tiles.own, "DEPTH": tiles.depth}
+    yield compiled(_sinkhorn_start_adjoint, str(tiles.own), types, {**blocks, "CHUNK": tiles.chunk})
+    for cost in ("euclidean", "cosine"):
+        yield compiled(_sinkhorn_finish_points, f"{tiles.own} {cost}", types, {"COST": COSTS[cost], **blocks})
+    vectors = {"BLOCK": tiles.vector, "CHUNK": tiles.chunk}
+    yield compiled(_sinkhorn_sweep_update, str(tiles.vector), types, {"LAST": False, **vectors})
+    yield compiled(_sinkhorn_eps_gradient, str(tiles.vector), types, vectors)

@@ -42,6 +42,7 @@ NEAR: tl.constexpr = tl.constexpr(1 / 256)  # squared distances below this part 
 PRECISION: tl.constexpr = tl.constexpr("ieee")
 
 MAX_REGISTERS = 255  # all that a thread can have
+MAX_POINTS = 2**24  # of a side: inside a tile offsets have 32 bits
 
 # Sizes of problems, for which no kernel is compiled anew.
 SIZES = ["size", "own_size", "other_size", "centre_size", "own_stride", "other_stride", "D", "blocks", "chunks"]
@@ -58,7 +59,7 @@ class Tiles(NamedTuple):
     chunk: int = 1024  # others of one program where results can be combined, a multiple of `other`
     vector: int = 256  # points in one step of an elementwise kernel
     num_warps: int = 4
-    point_warps: int = 8  # of a program that writes points
+    wide_warps: int = 8  # of a program that holds more than one tile
 
 
 @triton.jit
@@ -86,7 +87,8 @@ def differences_tile(own_points, other_points, valid_i, valid_j, D, OWN: tl.cons
 def product_tile(own, other, own_left, other_left, depths, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr):
     """(OWN, OTHER) inner products of rows of depths * DEPTH features; pointers at the tile's first rows.
 
-    In place of rows past the last valid one that one is read again, which takes no masks.
+    In place of rows past the last valid one that one is read again, which takes no masks. Not pipelined: that takes
+    registers for the addresses of the next step, and other warps hide the latency.
     """
     d = tl.arange(0, DEPTH)
     i = tl.minimum(tl.arange(0, OWN), tl.maximum(own_left - 1, 0)).to(tl.int32)
@@ -94,7 +96,7 @@ def product_tile(own, other, own_left, other_left, depths, OWN: tl.constexpr, OT
     left = own + (i[:, None] * (depths * DEPTH) + d[None, :])
     right = other + (j[None, :] * (depths * DEPTH) + d[:, None])
     tile = tl.zeros((OWN, OTHER), tl.float32)
-    for k in range(depths):
+    for k in tl.range(0, depths, num_stages=1):
         tile = tl.dot(tl.load(left + k * DEPTH), tl.load(right + k * DEPTH), tile, input_precision=PRECISION)
     return tile
 
@@ -138,7 +140,7 @@ def cost_tile(
     other_first = problem * other_size + at
     if COST == MATRIX:
         cost_matrix += problem * own_size * other_size + start * own_stride + at * other_stride
-        offsets = i.to(tl.int64)[:, None] * own_stride + j.to(tl.int64)[None, :] * other_stride
+        offsets = i[:, None] * own_stride + j[None, :] * other_stride
         tile = tl.load(cost_matrix + offsets, mask=valid_i[:, None] & valid_j[None, :], other=0.0).to(tl.float32)
     else:
         own_rows += own_first * (depths * DEPTH)
@@ -412,6 +414,16 @@ class Side:
         return self.partial.shape[1]
 
 
+def tile_of(kernel: Any, tiles: Tiles) -> tuple[dict[str, int], int]:
+    """The constants, but for the cost, and the warps of a kernel that goes over cost tiles."""
+    wide = {"FEATURES", "DETACHED"} & set(kernel.arg_names)
+    constants = {"OWN": tiles.own, "OTHER": tiles.other, "DEPTH": tiles.depth}
+    for name, value in (("CHUNK", tiles.chunk), ("FEATURES", tiles.features)):
+        if name in kernel.arg_names:
+            constants[name] = value
+    return constants, tiles.wide_warps if wide else tiles.num_warps
+
+
 class Workspace:
     """The two sides of a batch of problems, prepared, and the launches that forward and backward share."""
 
@@ -430,6 +442,11 @@ class Workspace:
         rho_y: float | None,
         tiles: Tiles,
     ) -> None:
+        if max(*x.shape[1:], y.shape[1]) > MAX_POINTS:
+            raise ValueError(
+                f"sinkhorn_hadamard: the triton kernels take at most {MAX_POINTS} points a side and as many features; "
+                f"got x {tuple(x.shape)} and y {tuple(y.shape)}. Split the problem."
+            )
         x, y, a, b, x_lengths, y_lengths, cost_matrix, eps = (
             t if t is None else t.contiguous() for t in (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
         )
@@ -459,12 +476,15 @@ class Workspace:
             COST=self.cost, BLOCK=self.tiles.own, DEPTH=self.tiles.depth, **self.options,
         )  # fmt: skip
 
-    def launch_options(self, num_warps: int) -> dict[str, Any]:
-        return launch_options(num_warps, MAX_REGISTERS, amd=torch.version.hip is not None)
-
     @property
     def options(self) -> dict[str, Any]:
-        return self.launch_options(self.tiles.num_warps)
+        return launch_options(self.tiles.num_warps, MAX_REGISTERS, amd=torch.version.hip is not None)
+
+    def tile(self, kernel: Any) -> dict[str, Any]:
+        """Constants and options of a kernel that goes over cost tiles."""
+        constants, num_warps = tile_of(kernel, self.tiles)
+        options = launch_options(num_warps, MAX_REGISTERS, amd=torch.version.hip is not None)
+        return {"COST": self.cost, **constants, **options}
 
     def by_blocks(self, kernel: Any, side: Side, block: int, *others: int) -> tuple[Any, int]:
         """The kernel on the grid of (problems x blocks of the side's points, ...), and the blocks of one problem."""
@@ -482,18 +502,13 @@ class Workspace:
     def sides(self) -> tuple[tuple[Side, Side], tuple[Side, Side]]:
         return (self.x, self.y), (self.y, self.x)
 
-    @property
-    def shape(self) -> dict[str, int]:
-        """The tile of the kernels that go over cost tiles."""
-        return {"COST": self.cost, "OWN": self.tiles.own, "OTHER": self.tiles.other, "DEPTH": self.tiles.depth}
-
     def reduce(self, own: Side, other: Side, running: Tensor | None, factors: Tensor | None) -> None:
         """Into own.partial the log-sum-exps over the others; without factors the largest costs."""
         kernel, blocks = self.by_blocks(_sinkhorn_reduce_costs, own, self.tiles.own, own.chunks)
         geometry = self.geometry(own, other, blocks)
         kernel(
             *geometry, factors, running, other.potential, own.partial,
-            **self.shape, CHUNK=self.tiles.chunk, **self.options,
+            **self.tile(_sinkhorn_reduce_costs),
         )  # fmt: skip
 
     def update(self, own: Side, other: Side, running: Tensor, history: Tensor | None = None, step: int = 0) -> None:
@@ -507,12 +522,13 @@ class Workspace:
 
     def project(self, own: Side, other: Side, own_exponent, other_exponent, values, projected, hadamard=None) -> None:
         """projected_i = sum_j 2^(own_exponent_i - c_ij + other_exponent_j) values_j."""
-        features = self.tiles.features
-        kernel, blocks = self.by_blocks(_sinkhorn_project, own, self.tiles.own, triton.cdiv(self.D, features))
+        kernel, blocks = self.by_blocks(
+            _sinkhorn_project, own, self.tiles.own, triton.cdiv(self.D, self.tiles.features)
+        )
         geometry = self.geometry(own, other, blocks)
         kernel(
             *geometry, self.factors, own_exponent, other_exponent, values, values.shape[2], projected, hadamard,
-            **self.shape, FEATURES=features, **self.launch_options(self.tiles.point_warps),
+            **self.tile(_sinkhorn_project),
         )  # fmt: skip
 
 
@@ -521,38 +537,28 @@ def compiled(
     tile: str,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
-    tiles: Tiles,
+    num_warps: int = Tiles().num_warps,
     quick: bool = False,
 ) -> Specialization:
     """How a launch compiles a kernel: ``types`` by argument name, sizes int32 where it does not tell."""
-    sizes = dict.fromkeys(SIZES, "i32")
-    types = {n: (sizes | dict(types))[n] for n in kernel.arg_names if n not in constants}
-    num_warps = tiles.point_warps if "FEATURES" in constants else tiles.num_warps
-    return Specialization(kernel, tile, types, constants, num_warps, MAX_REGISTERS, quick)
+    types = dict.fromkeys(SIZES, "i32") | dict(types)
+    arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
+    return Specialization(kernel, tile, arguments, constants, num_warps, MAX_REGISTERS, quick)
 
 
 def over_tiles(kernel: Any, types: Mapping[str, str], label: str = "", **constants: Any) -> Iterator[Specialization]:
     """A kernel that goes over cost tiles: for every cost in fp32, for euclidean ones in half precision too."""
-    tiles = Tiles()
-    shape = {"OWN": tiles.own, "OTHER": tiles.other, "DEPTH": tiles.depth}
-    shape |= {
-        name: value
-        for name, value in (("CHUNK", tiles.chunk), ("FEATURES", tiles.features))
-        if name in kernel.arg_names
-    }
+    shape, num_warps = tile_of(kernel, Tiles())
+    floats = dict.fromkeys(("own_rows", "other_rows", "own_norms", "other_norms", "cost_matrix"), "*fp32")
+    counts = dict.fromkeys(("own_counts", "other_counts", "running"), "*i32")
     for cost, dtype in itertools.product(COSTS, ("fp32", "fp16", "bf16")):
         if dtype == "fp32" or cost == "euclidean":
-            floats = dict.fromkeys(("own_rows", "other_rows", "own_norms", "other_norms", "cost_matrix"), "*fp32")
-            counts = dict.fromkeys(("own_counts", "other_counts", "running"), "*i32")
             points = dict.fromkeys(("own_points", "other_points"), f"*{dtype}")
-            yield compiled(
-                kernel,
-                f"{tiles.own}x{tiles.other} {dtype} {cost}{label}",
-                floats | counts | points | {n: t.replace("input", dtype) for n, t in types.items()},
-                {"COST": COSTS[cost], **shape, **constants},
-                tiles,
-                quick=(dtype, cost) == ("fp32", "euclidean"),
-            )
+            others = {name: kind.replace("input", dtype) for name, kind in types.items()}
+            tile = f"{shape['OWN']}x{shape['OTHER']} {dtype} {cost}{label}"
+            given = {"COST": COSTS[cost], **shape, **constants}
+            quick = (dtype, cost) == ("fp32", "euclidean")
+            yield compiled(kernel, tile, others | floats | counts | points, given, num_warps, quick)
 
 
 def specializations() -> Iterator[Specialization]:
@@ -567,8 +573,8 @@ def specializations() -> Iterator[Specialization]:
     for cost, dtype in (("euclidean", "fp32"), ("euclidean", "bf16"), ("cosine", "fp32"), ("matrix", "fp32")):
         constants = {"COST": COSTS[cost], "BLOCK": tiles.own, "DEPTH": tiles.depth}
         points = dict.fromkeys(("points", "centres"), f"*{dtype}")
-        yield compiled(_sinkhorn_prepare, f"{tiles.own} {dtype} {cost}", types | points, constants, tiles)
+        yield compiled(_sinkhorn_prepare, f"{tiles.own} {dtype} {cost}", types | points, constants)
     yield from over_tiles(_sinkhorn_reduce_costs, types)
     yield from over_tiles(_sinkhorn_reduce_costs, types, " largest", factors=None, running=None)
     yield from over_tiles(_sinkhorn_project, types | dict.fromkeys(("values", "projected", "hadamard"), "*input"))
-    yield compiled(_sinkhorn_update, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk}, tiles)
+    yield compiled(_sinkhorn_update, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk})
