@@ -280,13 +280,12 @@ def _with_products(launch: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@_with_products
-def _triton_forward(**arguments: Any) -> None:
+def _triton_forward(*, x: Tensor, y: Tensor, **arguments: Any) -> None:
     from ..triton_kernels import sinkhorn_hadamard, sinkhorn_streaming  # import triton, which may be absent
 
-    (_, n, _), m = arguments["x"].shape, arguments["y"].shape[1]
-    resident = sinkhorn_hadamard.why_not(n, m) is None
-    (sinkhorn_hadamard if resident else sinkhorn_streaming).forward(**arguments)
+    resident = sinkhorn_hadamard.why_not(x.shape[1], y.shape[1]) is None
+    run = _with_products(sinkhorn_hadamard.forward) if resident else sinkhorn_streaming.forward
+    run(x=x, y=y, **arguments)
 
 
 _reference_backward = _in_full_precision(reference.backward)
@@ -300,10 +299,14 @@ def _cpu_backward(*, gradient: str, **arguments: Any) -> None:
 
 
 def _triton_backward(*, x: Tensor, y: Tensor, gradient: str, **arguments: Any) -> None:
-    from ..triton_kernels import sinkhorn_hadamard_backward as kernels
+    from ..triton_kernels import sinkhorn_hadamard_backward, sinkhorn_streaming_backward
 
-    resident = gradient != "implicit" and kernels.why_not(x.shape[1], y.shape[1]) is None
-    run = kernels.backward if resident else _reference_backward
+    if gradient == "implicit":  # one dense linear system in float64, by way of PyTorch
+        run = _reference_backward
+    elif sinkhorn_hadamard_backward.why_not(x.shape[1], y.shape[1]) is None:
+        run = sinkhorn_hadamard_backward.backward
+    else:
+        run = sinkhorn_streaming_backward.backward
     run(x=x, y=y, gradient=gradient, **arguments)
 
 
