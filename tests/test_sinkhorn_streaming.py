@@ -24,9 +24,9 @@ def streaming(test: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def run(**arguments):
-        from parrot_kernels.triton_kernels import sinkhorn_hadamard, sinkhorn_streaming, sinkhorn_tiles
+        from parrot_kernels.triton_kernels import sinkhorn_hadamard, sinkhorn_streaming, sinkhorn_workspace
 
-        tiles = sinkhorn_tiles.Tiles(own=16, other=16, depth=16, features=16, chunk=32, vector=16)
+        tiles = sinkhorn_workspace.Tiles(own=16, other=16, depth=16, features=16, chunk=32, vector=16)
         forward = functools.partial(sinkhorn_streaming.forward, tiles=tiles)
         torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
         try:

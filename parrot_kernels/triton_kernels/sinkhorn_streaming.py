@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import sinkhorn_tiles
-from .sinkhorn_tiles import LN2, SIZES, Tiles, Workspace, add_chunks, combine, compiled, cost_tile, locate, over_tiles
+from . import sinkhorn_workspace
+from .sinkhorn_tiles import LN2, SIZES, add_chunks, combine, cost_tile, locate
+from .sinkhorn_workspace import Tiles, Workspace, compiled, over_tiles
 from .specialization import Specialization
 
 DEFAULT_THRESHOLD = 1e-3  # `converged` when no tolerance was asked for
@@ -278,8 +279,8 @@ def forward(
 
 
 def specializations() -> Iterator[Specialization]:
-    """What the launcher can ask for, with every optional argument; the kernels of `sinkhorn_tiles` among it."""
-    yield from sinkhorn_tiles.specializations()
+    """What the launcher can ask for, with every optional argument; the kernels of `sinkhorn_workspace` among them."""
+    yield from sinkhorn_workspace.specializations()
     tiles = Tiles()
     types = {name: "*fp32" for name in ("largest", "partial", "factors", "eps", "scale", "error", "log_a", "f", "g")}
     types |= dict.fromkeys(("scaled_f", "scaled_g", "transport_cost", "plan"), "*fp32")
