@@ -15,10 +15,12 @@ from .sinkhorn_tiles import (
     SIZES,
     add_chunks,
     cost_tile,
-    is_near,
     locate,
     product_tile,
 )
+
+# Squared distances below this part of |x|^2 + |y|^2 are near: here less, for their sums one by one are slow.
+NEAR: tl.constexpr = tl.constexpr(1 / 256)
 
 
 @triton.jit
@@ -224,7 +226,7 @@ def _sinkhorn_points_gradient(
                 gradient = gradient * 2.0
             own_norm = tl.load(own_norms + own_first + i, mask=valid_i, other=0.0)
             other_norm = tl.load(other_norms + other_first + j, mask=valid_j, other=0.0)
-            near = is_near(squares, own_norm, other_norm)
+            near = squares < (own_norm[:, None] + other_norm[None, :]) * NEAR
             apart = tl.where(near, gradient, 0.0)
             if tl.max(tl.max(tl.abs(apart), 1), 0) > 0.0:
                 total -= near_differences(

@@ -6,7 +6,8 @@ out in blocks, and loops over the `other` side. The step of the columns is the s
 Cost tiles are recomputed by matrix products wherever they are needed. |x|^2 + |y|^2 - 2 x.y cancels for points that
 are near each other, compared to their distance from the origin. So points are first moved to have the first x for an
 origin, and what is near even then (`NEAR`) is computed once more from differences, entry by entry: an entry has the
-same value in every kernel, whatever the tiling. For cosines the points are first brought to length one.
+same value in every kernel, whatever the tiling. So are all entries where one step of a product holds all features:
+differences cost no more then. For cosines the points are first brought to length one.
 
 Units. As in the resident kernel potentials and costs are in units of eps ln 2, so that exponentials are bare powers
 of two. Log-weights and potentials read -infinity in the padding, which makes every power there exactly 0. What the
@@ -31,7 +32,7 @@ COSINE: tl.constexpr = tl.constexpr(2)
 MATRIX: tl.constexpr = tl.constexpr(3)
 TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
-NEAR: tl.constexpr = tl.constexpr(1 / 256)  # squared distances below this part of |x|^2 + |y|^2 are near
+NEAR: tl.constexpr = tl.constexpr(1 / 16)  # squared distances below this part of |x|^2 + |y|^2 are near
 PRECISION: tl.constexpr = tl.constexpr("ieee")
 
 # Sizes of problems, for which no kernel is compiled anew.
@@ -79,11 +80,6 @@ def product_tile(own, other, own_left, other_left, depths, OWN: tl.constexpr, OT
 
 
 @triton.jit
-def is_near(squares, own_norms, other_norms):
-    return squares < (own_norms[:, None] + other_norms[None, :]) * NEAR
-
-
-@triton.jit
 def cost_tile(
     own_points,  # (B, own_size, D)
     other_points,  # (B, other_size, D)
@@ -128,8 +124,9 @@ def cost_tile(
         else:
             own_norm = tl.load(own_norms + own_first + i, mask=valid_i, other=0.0)
             other_norm = tl.load(other_norms + other_first + j, mask=valid_j, other=0.0)
-            tile = (own_norm[:, None] + other_norm[None, :]) - 2.0 * tile
-            near = is_near(tile, own_norm, other_norm)
+            squares = own_norm[:, None] + other_norm[None, :]
+            tile = squares - 2.0 * tile
+            near = (tile < squares * NEAR) | (depths == 1)
             if tl.max(tl.max(tl.where(near, 1.0, 0.0), 1), 0) > 0.0:
                 own_points += own_first * D
                 other_points += other_first * D
@@ -222,15 +219,14 @@ def _sinkhorn_prepare(
                 tl.store(rows + (i[:, None] * (depths * DEPTH) + d[None, :]), row, mask=valid[:, None])
             square += tl.sum(row * row, 1)
         if COST == COSINE:
-            square = tl.sqrt(square)
-            inverse = tl.where(square == 0.0, 0.0, 1.0 / square)
+            square = tl.sqrt_rn(square)
+            length = tl.where(square == 0.0, 1.0, square)
             for k in range(depths):
                 d = k * DEPTH + tl.arange(0, DEPTH)
                 mask = valid[:, None] & (d < D)[None, :]
                 row = tl.load(points + (i[:, None] * D + d[None, :]), mask=mask, other=0.0).to(tl.float32)
-                tl.store(
-                    rows + (i[:, None] * (depths * DEPTH) + d[None, :]), row * inverse[:, None], mask=valid[:, None]
-                )
+                row = tl.div_rn(row, tl.broadcast_to(length[:, None], (BLOCK, DEPTH)))
+                tl.store(rows + (i[:, None] * (depths * DEPTH) + d[None, :]), row, mask=valid[:, None])
         tl.store(norms + at + i, square, mask=valid)
 
 
