@@ -32,9 +32,10 @@ class Tiles(NamedTuple):
 
     own: int = 64  # points of the own side in one program
     other: int = 32  # points of the other side in one step
+    gradient_other: int = 16  # the same where the gradient of the cost is made
     depth: int = 16  # features in one step of a product over them
     features: int = 64  # features of a program that writes points
-    chunk: int = 1024  # others of one program where results can be combined, a multiple of `other`
+    chunk: int = 1024  # others of one program where results can be combined, a multiple of both
     vector: int = 256  # points in one step of an elementwise kernel
     num_warps: int = 4
     wide_warps: int = 8  # of a program that holds more than one tile
@@ -66,12 +67,13 @@ class Side:
 
 def tile_of(kernel: Any, tiles: Tiles) -> tuple[dict[str, int], int]:
     """The constants, but for the cost, and the warps of a kernel that goes over cost tiles."""
-    wide = {"FEATURES", "DETACHED"} & set(kernel.arg_names)
-    constants = {"OWN": tiles.own, "OTHER": tiles.other, "DEPTH": tiles.depth}
+    gradient = "DETACHED" in kernel.arg_names
+    other = tiles.gradient_other if gradient else tiles.other
+    constants = {"OWN": tiles.own, "OTHER": other, "DEPTH": tiles.depth}
     for name, value in (("CHUNK", tiles.chunk), ("FEATURES", tiles.features)):
         if name in kernel.arg_names:
             constants[name] = value
-    return constants, tiles.wide_warps if wide else tiles.num_warps
+    return constants, tiles.wide_warps if gradient or "FEATURES" in constants else tiles.num_warps
 
 
 class Workspace:
