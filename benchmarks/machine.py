@@ -9,11 +9,14 @@ import platform
 import re
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGE_CACHE = 32 << 20  # bytes: what does not fit is taken to come from memory
 
 
 def device_name(device: str) -> str:
@@ -46,6 +49,30 @@ def versions(*distributions: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _best(work: Callable[[], object], times: int = 20) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(times))
+
+
+@functools.lru_cache(maxsize=1)
+def multiply_adds_per_second() -> float:
+    """fp32, as torch's own matrix product does them on torch's threads."""
+    matrix = torch.randn(1536, 1536)
+    return 1536**3 / _best(lambda: matrix @ matrix)
+
+
+@functools.lru_cache(maxsize=1)
+def bytes_per_second() -> float:
+    """Read or written by a copy in memory, on torch's threads."""
+    source = torch.randn(64 << 20)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source))
 
 
 def our_backends(op: str, device: str) -> list[str]:

@@ -37,14 +37,19 @@ class Case:
         dx, dy = torch.randn(x.shape, generator=generator), torch.randn(y.shape, generator=generator)
         return tuple(t.to(device, dtype) for t in (x, y, dx, dy))
 
-    def floor(self) -> dict[str, float]:
-        """Operations that any method in the log domain needs: one exponential an entry and iteration, less with
-        absorption; the multiply-adds of cost, scaling and projections; the bytes of inputs and outputs."""
+    def floor(self, both: bool) -> dict[str, float]:
+        """What a loop of scalings on a kernel matrix needs: with everything padded to nothing, in one pass an iteration.
+
+        Forward: the multiply-adds of the cost and of two projections, and two an entry and iteration. Backward: seven
+        products as these (the cost again, the plan's gradient and the projections' by two, the cost's by two), and six
+        an entry and iteration. The matrix is read once an iteration, one way and back.
+        """
         entries = self.B * self.N * self.M
         return {
-            "exponentials": entries * ITERATIONS,
-            "multiply_adds": entries * (3 * self.D + 2 * ITERATIONS),
-            "bytes": 4 * 4 * self.B * (self.N + self.M) * self.D,
+            "exponentials": entries * (4 if both else 1),
+            "multiply_adds": entries * ((10 * self.D + 8 * ITERATIONS) if both else (3 * self.D + 2 * ITERATIONS)),
+            "bytes": 4 * (16 if both else 4) * self.B * (self.N + self.M) * self.D,
+            "matrix_bytes": 4 * entries * ITERATIONS * (2 if both else 1),
         }
 
 
@@ -178,6 +183,15 @@ def work(projections: Projections, case: Case, device: str, both: bool) -> Calla
         return torch.autograd.grad((x_to_y, y_to_x), (x, y), (dy, dx))
 
     return forward_and_backward
+
+
+def floor_seconds(case: Case, both: bool) -> float:
+    """The longest of: exponentials and multiply-adds, traffic of the kernel matrix where no cache holds it."""
+    floor = case.floor(both)
+    compute = floor["exponentials"] / machine.exponentials_per_second()
+    compute += floor["multiply_adds"] / machine.multiply_adds_per_second()
+    streamed = 4 * case.N * case.M > machine.LARGE_CACHE
+    return max(compute, (floor["bytes"] + streamed * floor["matrix_bytes"]) / machine.bytes_per_second())
 
 
 def works(case: Case, device: str, both: bool, peers: bool) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
