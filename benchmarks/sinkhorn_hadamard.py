@@ -38,7 +38,7 @@ class Case:
         return tuple(t.to(device, dtype) for t in (x, y, dx, dy))
 
     def floor(self, both: bool) -> dict[str, float]:
-        """What a loop of scalings on a kernel matrix needs: with everything padded to nothing, in one pass an iteration.
+        """What a loop of scalings on a kernel matrix needs: nothing padded, one pass an iteration.
 
         Forward: the multiply-adds of the cost and of two projections, and two an entry and iteration. Backward: seven
         products as these (the cost again, the plan's gradient and the projections' by two, the cost's by two), and six
