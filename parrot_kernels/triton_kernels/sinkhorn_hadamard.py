@@ -48,6 +48,7 @@ from .specialization import Specialization, launch_options
 
 MAX_POINTS = 256
 MAX_TILE = 128 * 128  # costs that the registers of one program hold: 64 in each of 256 threads
+MAX_ABSORBED = 128 * 64  # costs of a problem whose kernel matrix the registers hold beside the costs
 MAX_REGISTERS = 255  # all that a thread can have
 DEFAULT_THRESHOLD = 1e-3  # `converged` when no tolerance was asked for
 
@@ -60,6 +61,9 @@ TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**64)
 SMALLEST_SUM: tl.constexpr = tl.constexpr(2.0**-64)
+LARGEST_TRUSTED: tl.constexpr = tl.constexpr(2.0**29)  # of sums with the kernel matrix
+SMALLEST_TRUSTED: tl.constexpr = tl.constexpr(2.0**-29)
+LARGEST_SCALING: tl.constexpr = tl.constexpr(2.0**58)
 SMALLEST_SCALE: tl.constexpr = tl.constexpr(1e-8)
 
 
@@ -142,6 +146,53 @@ def log_sum_exp(c, other, shift, valid, nothing, ROWS: tl.constexpr):
         sums = sum_tile(tl.exp2((spread(other, not ROWS) - c) - spread(shift, ROWS)), ROWS)
         sums = tl.where(valid, sums, 1.0)
     return shift + tl.log2(sums)
+
+
+@triton.jit
+def sums_of(K, scaling, valid, ROWS: tl.constexpr):
+    return tl.where(valid, sum_tile(K * spread(scaling, not ROWS), ROWS), 1.0)
+
+
+@triton.jit
+def untrusted(sums, ROWS: tl.constexpr):
+    return max_vector(((sums < SMALLEST_TRUSTED) | (sums > LARGEST_TRUSTED)).to(tl.int32), ROWS)
+
+
+@triton.jit
+def too_large(scaling, ROWS: tl.constexpr):
+    return max_vector((scaling > LARGEST_SCALING).to(tl.int32), ROWS)
+
+
+@triton.jit
+def offsets(c, potential, valid, ROWS: tl.constexpr):
+    """Minus the largest of potential - c in each row (or column)."""
+    return tl.where(valid, -max_tile(spread(potential, not ROWS) - c, ROWS), 0.0)
+
+
+@triton.jit
+def kernel_tile(c, offset, other_offset, ROWS: tl.constexpr):
+    return tl.exp2((spread(offset, ROWS) - c) + spread(other_offset, not ROWS))
+
+
+@triton.jit
+def scalings(potential, offset, valid):
+    return tl.where(valid, tl.exp2(potential - offset), 0.0)
+
+
+@triton.jit
+def absorbed_log_sum_exp(c, K, offset, other_offset, other, valid, other_valid, nothing, ROWS: tl.constexpr):
+    """As `log_sum_exp`, by sums with K = 2^(offset + other_offset - c), which is set anew where it does not serve."""
+    scaling = scalings(other, other_offset, other_valid)
+    sums = sums_of(K, scaling, valid, ROWS)
+    if (untrusted(sums, ROWS) > 0) | (too_large(scaling, not ROWS) > 0):
+        offset = offsets(c, other, valid, ROWS)
+        K = kernel_tile(c, offset, other_offset, ROWS)
+        if (too_large(max_tile(K, True), True) > 0) | (too_large(scaling, not ROWS) > 0):
+            other_offset = other + nothing
+            K = kernel_tile(c, offset, other_offset, ROWS)
+        scaling = scalings(other, other_offset, other_valid)
+        sums = sums_of(K, scaling, valid, ROWS)
+    return tl.log2(sums) - offset, K, offset, other_offset
 
 
 @triton.jit
@@ -244,6 +295,7 @@ def _sinkhorn_hadamard_forward(
     BLOCK_M: tl.constexpr,
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
+    ABSORB: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
     i = index(BLOCK_N, WARPS_N, 4)
@@ -288,13 +340,25 @@ def _sinkhorn_hadamard_forward(
     f_now = tl.zeros_like(log_a)
     g_now = tl.zeros_like(log_b)
     s = tl.zeros_like(log_b)
-    r = log_sum_exp(c, g_now, f_now, valid_i, nothing, True)
+    if ABSORB:
+        alpha = tl.zeros_like(log_a)
+        beta = tl.zeros_like(log_b)
+        K = tl.zeros_like(c)  # does not serve
+        r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
+    else:
+        r = log_sum_exp(c, g_now, f_now, valid_i, nothing, True)
     done = remaining * 0
     while done < remaining:
         f_now = tl.where(valid_i, log_a - damp_x * r, 0.0)
-        s = log_sum_exp(c, f_now, s, valid_j, nothing, False)
+        if ABSORB:
+            s, K, beta, alpha = absorbed_log_sum_exp(c, K, beta, alpha, f_now, valid_j, valid_i, nothing, False)
+        else:
+            s = log_sum_exp(c, f_now, s, valid_j, nothing, False)
         g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
-        r = log_sum_exp(c, g_now, r, valid_i, nothing, True)
+        if ABSORB:
+            r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
+        else:
+            r = log_sum_exp(c, g_now, r, valid_i, nothing, True)
         if f_history is not None:
             step = problem * n_iters + done
             tl.store(f_history + step * N + i, f_now * unit, mask=i < N)
@@ -303,6 +367,10 @@ def _sinkhorn_hadamard_forward(
         if tol is not None:
             gap = tl.abs(tl.exp2(f_now + r) - tl.exp2(log_a - damp_x * r + r))
             remaining = tl.where(sum_vector(tl.where(valid_i, gap, 0.0), True) <= tol, done, remaining)
+    if ABSORB:  # the last column update again, without K: its sums cancel the rounding of f in what follows
+        s = log_sum_exp(c, f_now, s, valid_j, nothing, False)
+        g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
+        r = log_sum_exp(c, g_now, r, valid_i, nothing, True)
 
     # Zero, which the compiler can't know: offsets and masks are made again here, not held in registers above.
     zero = tl.minimum(done, 0)
@@ -446,6 +514,7 @@ def forward(
             BLOCK_M=columns,
             WARPS_N=warps_n,
             WARPS_M=warps_m,
+            ABSORB=rows * columns <= MAX_ABSORBED,
             **launch_options(warps_n * warps_m, MAX_REGISTERS, amd=torch.version.hip is not None),
         )
 
@@ -481,6 +550,7 @@ def specializations() -> Iterator[Specialization]:
             constants={
                 **({} if full else dict.fromkeys(optional)),
                 **({} if cost == "matrix" else {"cost_matrix": None}),
+                "ABSORB": rows * columns <= MAX_ABSORBED,
                 **{"COST": COSTS[cost], "BLOCK_N": rows, "BLOCK_M": columns, "WARPS_N": warps_n, "WARPS_M": warps_m},
             },
             num_warps=warps_n * warps_m,

@@ -49,24 +49,26 @@ from .sinkhorn_hadamard import (
     TINY,
     cost_tile,
     index,
+    kernel_tile,
     load_tile,
     log2_weights,
     log_sum_exp,
     max_tile,
-    max_vector,
+    offsets,
+    scalings,
     spread,
     store_tile,
     sum_tile,
     sum_vector,
+    sums_of,
     tile_of,
+    too_large,
+    untrusted,
 )
 from .specialization import Specialization, launch_options
 
 MAX_TILE = 64 * 64  # costs of a problem whose three tiles the registers of one program hold
 COSTS_PER_WARP = 512
-LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**29)
-SMALLEST_SUM: tl.constexpr = tl.constexpr(2.0**-29)
-LARGEST_SCALING: tl.constexpr = tl.constexpr(2.0**58)
 
 
 @triton.jit
@@ -122,27 +124,6 @@ def norms(points, index, valid, D):
 
 
 @triton.jit
-def sums_of(K, scaling, valid, ROWS: tl.constexpr):
-    return tl.where(valid, sum_tile(K * spread(scaling, not ROWS), ROWS), 1.0)
-
-
-@triton.jit
-def untrusted(sums, ROWS: tl.constexpr):
-    return max_vector(((sums < SMALLEST_SUM) | (sums > LARGEST_SUM)).to(tl.int32), ROWS)
-
-
-@triton.jit
-def too_large(scaling, ROWS: tl.constexpr):
-    return max_vector((scaling > LARGEST_SCALING).to(tl.int32), ROWS)
-
-
-@triton.jit
-def offsets(c, potential, valid, ROWS: tl.constexpr):
-    """Minus the largest of potential - c in each row (or column)."""
-    return tl.where(valid, -max_tile(spread(potential, not ROWS) - c, ROWS), 0.0)
-
-
-@triton.jit
 def computed(tile, once):
     """The same tile, from a loop of one step. Else its last operation would be put off, and all operands held."""
     for _ in range(once):
@@ -154,16 +135,6 @@ def computed(tile, once):
 def finite(c):
     """The costs, zero instead of infinity in the padding."""
     return tl.where(c < float("inf"), c, 0.0)
-
-
-@triton.jit
-def kernel_tile(c, alpha, beta):
-    return tl.exp2((spread(alpha, True) - c) + spread(beta, False))
-
-
-@triton.jit
-def scalings(potential, offset, valid):
-    return tl.where(valid, tl.exp2(potential - offset), 0.0)
 
 
 @triton.jit
@@ -212,10 +183,10 @@ def unroll(
             F = load_vector(F_now, i, valid_i) / unit
             alpha = offsets(c, load_vector(G_before, j, known_j) / unit, valid_i, True)
             beta = offsets(c, F, valid_j, False)
-            K = kernel_tile(c, alpha, beta)
+            K = kernel_tile(c, alpha, beta, True)
             if (too_large(max_tile(K, True), True) > 0) | (too_large(scalings(F, alpha, valid_i), True) > 0):
                 alpha = F + nothing
-                K = kernel_tile(c, alpha, beta)
+                K = kernel_tile(c, alpha, beta, True)
             h = scalings(F, alpha, valid_i)
             t = sums_of(K, h, valid_j, False)
         dlog_b += dG
@@ -230,7 +201,7 @@ def unroll(
         if (untrusted(s, True) > 0) | (too_large(w, False) > 0):
             beta = load_vector(G_before, j, known_j) / unit
             alpha = offsets(c, beta, valid_i, True)
-            K = kernel_tile(c, alpha, beta)
+            K = kernel_tile(c, alpha, beta, True)
             w = tl.where(valid_j, 1.0, 0.0)
             s = sums_of(K, w, valid_i, True)
         dlog_a += dF
