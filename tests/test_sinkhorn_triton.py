@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -122,10 +123,24 @@ def test_eps_per_problem():
     check(*points(3, 9, 6, 3), eps=torch.tensor([0.02, 0.3, 10.0]), scale=10.0)  # f and g round in units of eps
 
 
+@pytest.mark.parametrize("eps", [1e-4, 1e-3, 1e-2, 1.0, 10.0])
 @interpreted
-def test_small_eps_takes_the_maximum_as_shift():
-    """At eps 1e-3 of the largest cost the sums leave the range in which the last shift serves."""
-    check(*points(2, 9, 6, 3), eps=1e-3, scale=20.0)  # eps magnifies the rounding of C by 1000
+def test_any_eps(eps):
+    """At small eps K is set anew in many iterations. The rounding of C counts 1 / eps times, f and g round in eps."""
+    check(*points(1, 9, 12, 3), eps=eps, cost="sqeuclidean", scale=max(0.05 / eps, eps, 1.0))
+
+
+@interpreted
+def test_half_steps_with_a_kernel_matrix_each():
+    """What weights near zero on both sides ask for: first of every problem, then of one that needs it."""
+    from parrot_kernels.triton_kernels import sinkhorn_hadamard
+
+    with mock.patch.object(sinkhorn_hadamard, "LARGEST_SCALING", 1.5):
+        check(*points(2, 9, 7, 3))
+    a, b = torch.rand(1, 9).softmax(1), torch.rand(1, 7).softmax(1)
+    a[0, :4], b[0, :4] = torch.tensor([0.0, 1e-30, 1e-12, 1e-6]), torch.tensor([1e-36, 1e-25, 0.0, 1e-5])
+    for reach in ({}, {"rho_x": 0.5, "rho_y": 0.3}):
+        check(*points(1, 9, 7, 3), a=a, b=b, eps=0.02, scale=4.0, **reach)
 
 
 @pytest.mark.parametrize(("rho_x", "rho_y"), [(0.5, 0.5), (0.3, None), (None, 2.0)])
@@ -193,15 +208,15 @@ def test_optional_outputs_change_nothing():
 def test_batch_mates_and_padding_change_no_bit():
     x, y = points(3, 9, 6, 3)
     a, b = torch.rand(3, 9), torch.rand(3, 6)
-    clean = launch(x, y, a=a, b=b, **LENGTHS, tol=1e-3, n_iters=40)
+    clean = launch(x, y, a=a, b=b, **LENGTHS, tol=1e-3, n_iters=10)
     past_n = torch.arange(9)[None] >= LENGTHS["x_lengths"][:, None]
     past_m = torch.arange(6)[None] >= LENGTHS["y_lengths"][:, None]
     for rubbish in (math.nan, math.inf, 1e30):
         x[past_n], y[past_m], a[past_n], b[past_m] = rubbish, rubbish, rubbish, rubbish
-        dirty = launch(x, y, a=a, b=b, **LENGTHS, tol=1e-3, n_iters=40)
+        dirty = launch(x, y, a=a, b=b, **LENGTHS, tol=1e-3, n_iters=10)
         for p in range(3):
             one = {name: value[p : p + 1] for name, value in ({"a": a, "b": b} | LENGTHS).items()}
-            alone = launch(x[p : p + 1], y[p : p + 1], **one, tol=1e-3, n_iters=40)
+            alone = launch(x[p : p + 1], y[p : p + 1], **one, tol=1e-3, n_iters=10)
             for name in (*OUTPUTS, "iterations"):
                 assert torch.equal(clean[name][p], dirty[name][p]), (name, p, rubbish)
                 assert torch.equal(clean[name][p], alone[name][0]), (name, p, rubbish)

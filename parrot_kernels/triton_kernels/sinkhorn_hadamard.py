@@ -9,11 +9,19 @@ Inside the kernel everything is in units of eps ln 2, so that the exponentials a
 c = C / (eps ln 2), and f, g likewise, f_i = log2 a_i - damp_x r_i, where r_i = log2 sum_j 2^(g_j - c_ij), and
 g_j = log2 b_j - damp_y s_j, where s_j = log2 sum_i 2^(f_i - c_ij).
 
-*One pass per half-step.* A log-sum-exp needs a shift, not the maximum: any shift that keeps the sum far from
-overflow and underflow gives the same digits. The previous iteration's r_i is such a shift once the potentials
-settle (the sum is then r_i's change, near 2^0), which spares the pass that finds the maximum. Where a sum leaves
-[2^-64, 2^64] (small eps, the first steps, outliers) that half-step is redone with the maximum as shift. Terms
-flushed to zero are below 2^-126 of a sum that is at least 2^-64.
+*Absorption* (Schmitzer 2019, arXiv 1610.06519, section 3). Between absorptions a half-step takes no exponentials of
+the tile: with offsets alpha, beta and K_ij = 2^(alpha_i + beta_j - c_ij),
+
+    r_i = log2(sum_j K_ij 2^(g_j - beta_j)) - alpha_i,     s_j = log2(sum_i K_ij 2^(f_i - alpha_i)) - beta_j.
+
+Entries of K below 2^-126 are lost. With scalings 2^(g - beta), 2^(f - alpha) of at most 2^58 that is less than rounding
+in sums within [2^-29, 2^29]. Where a half-step's sums or scalings leave this range (at the start the sums are zero; at
+small eps; beside outliers), its offsets are set anew, alpha_i = -max_j(g_j - c_ij) or beta_j = -max_i(f_i - c_ij), and
+K with them: a log-domain step with the maximum as shift. Since K is a density with respect to the weights, they may be
+near zero. Where K then has an entry above 2^58, which takes that on both sides, the other side's offsets become its
+potentials: K is right for this half-step at least. The last column update is made once more in the log domain, so that
+its sums cancel the rounding of f in the projections. There a log-sum-exp takes a shift that is near it, -beta, rather
+than the maximum, which spares a pass; if a sum leaves [2^-64, 2^64] it is redone with the maximum.
 
 *The error is free.* The row sums of the plan are 2^(f_i + r_i) with r of the *next* row update, which the next
 iteration needs anyway. So r is computed after each column update: the loop runs K column updates and K + 1 row
@@ -25,7 +33,7 @@ exponents, finite for every weight down to the floor of `tiny`. Likewise x_to_y.
 *Costs by direct differences*, one feature at a time: |x|^2 + |y|^2 - 2 x.y would lose near-coincident points.
 Padding never enters: masked loads replace it, and c = inf off the valid block makes every power there exactly 0.
 
-*The tile* of N x M costs stays in registers, shaped (column patch, row patch, column warps, row warps, 4, 8): the
+*The tiles* of N x M costs and of K stay in registers, shaped (column patch, row patch, column warps, row warps, 4, 8): the
 last two axes are the lanes of a warp, the two before them the warps. What a thread holds is a nearly square patch
 of rows and columns instead of the slice of columns that Triton gives a two-dimensional tile; so sums run first
 inside threads, few numbers cross lanes or warps, and the copies of row and column vectors that a thread needs are
@@ -48,7 +56,6 @@ from .specialization import Specialization, launch_options
 
 MAX_POINTS = 256
 MAX_TILE = 128 * 128  # costs that the registers of one program hold: 64 in each of 256 threads
-MAX_ABSORBED = 128 * 64  # costs of a problem whose kernel matrix the registers hold beside the costs
 MAX_REGISTERS = 255  # all that a thread can have
 DEFAULT_THRESHOLD = 1e-3  # `converged` when no tolerance was asked for
 
@@ -188,7 +195,8 @@ def absorbed_log_sum_exp(c, K, offset, other_offset, other, valid, other_valid, 
         offset = offsets(c, other, valid, ROWS)
         K = kernel_tile(c, offset, other_offset, ROWS)
         if (too_large(max_tile(K, True), True) > 0) | (too_large(scaling, not ROWS) > 0):
-            other_offset = other + nothing
+            offset += nothing  # see log_sum_exp
+            other_offset = other
             K = kernel_tile(c, offset, other_offset, ROWS)
         scaling = scalings(other, other_offset, other_valid)
         sums = sums_of(K, scaling, valid, ROWS)
@@ -295,7 +303,6 @@ def _sinkhorn_hadamard_forward(
     BLOCK_M: tl.constexpr,
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
-    ABSORB: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
     i = index(BLOCK_N, WARPS_N, 4)
@@ -339,26 +346,16 @@ def _sinkhorn_hadamard_forward(
 
     f_now = tl.zeros_like(log_a)
     g_now = tl.zeros_like(log_b)
-    s = tl.zeros_like(log_b)
-    if ABSORB:
-        alpha = tl.zeros_like(log_a)
-        beta = tl.zeros_like(log_b)
-        K = tl.zeros_like(c)  # does not serve
-        r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
-    else:
-        r = log_sum_exp(c, g_now, f_now, valid_i, nothing, True)
+    alpha = tl.zeros_like(log_a)
+    beta = tl.zeros_like(log_b)
+    K = tl.zeros_like(c)  # does not serve
+    r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
     done = remaining * 0
     while done < remaining:
         f_now = tl.where(valid_i, log_a - damp_x * r, 0.0)
-        if ABSORB:
-            s, K, beta, alpha = absorbed_log_sum_exp(c, K, beta, alpha, f_now, valid_j, valid_i, nothing, False)
-        else:
-            s = log_sum_exp(c, f_now, s, valid_j, nothing, False)
+        s, K, beta, alpha = absorbed_log_sum_exp(c, K, beta, alpha, f_now, valid_j, valid_i, nothing, False)
         g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
-        if ABSORB:
-            r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
-        else:
-            r = log_sum_exp(c, g_now, r, valid_i, nothing, True)
+        r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
         if f_history is not None:
             step = problem * n_iters + done
             tl.store(f_history + step * N + i, f_now * unit, mask=i < N)
@@ -367,10 +364,10 @@ def _sinkhorn_hadamard_forward(
         if tol is not None:
             gap = tl.abs(tl.exp2(f_now + r) - tl.exp2(log_a - damp_x * r + r))
             remaining = tl.where(sum_vector(tl.where(valid_i, gap, 0.0), True) <= tol, done, remaining)
-    if ABSORB:  # the last column update again, without K: its sums cancel the rounding of f in what follows
-        s = log_sum_exp(c, f_now, s, valid_j, nothing, False)
-        g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
-        r = log_sum_exp(c, g_now, r, valid_i, nothing, True)
+    # The last column update again, without K: its sums cancel the rounding of f in what follows.
+    s = log_sum_exp(c, f_now, -beta, valid_j, nothing, False)
+    g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
+    r = log_sum_exp(c, g_now, -alpha, valid_i, nothing, True)
 
     # Zero, which the compiler can't know: offsets and masks are made again here, not held in registers above.
     zero = tl.minimum(done, 0)
@@ -514,7 +511,6 @@ def forward(
             BLOCK_M=columns,
             WARPS_N=warps_n,
             WARPS_M=warps_m,
-            ABSORB=rows * columns <= MAX_ABSORBED,
             **launch_options(warps_n * warps_m, MAX_REGISTERS, amd=torch.version.hip is not None),
         )
 
@@ -550,7 +546,6 @@ def specializations() -> Iterator[Specialization]:
             constants={
                 **({} if full else dict.fromkeys(optional)),
                 **({} if cost == "matrix" else {"cost_matrix": None}),
-                "ABSORB": rows * columns <= MAX_ABSORBED,
                 **{"COST": COSTS[cost], "BLOCK_N": rows, "BLOCK_M": columns, "WARPS_N": warps_n, "WARPS_M": warps_m},
             },
             num_warps=warps_n * warps_m,
