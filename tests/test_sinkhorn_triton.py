@@ -133,9 +133,9 @@ def test_any_eps(eps):
 @interpreted
 def test_half_steps_with_a_kernel_matrix_each():
     """What weights near zero on both sides ask for: first of every problem, then of one that needs it."""
-    from parrot_kernels.triton_kernels import sinkhorn_hadamard
+    from parrot_kernels.triton_kernels import sinkhorn_resident
 
-    with mock.patch.object(sinkhorn_hadamard, "LARGEST_SCALING", 1.5):
+    with mock.patch.object(sinkhorn_resident, "LARGEST_SCALING", 1.5):
         check(*points(2, 9, 7, 3))
     a, b = torch.rand(1, 9).softmax(1), torch.rand(1, 7).softmax(1)
     a[0, :4], b[0, :4] = torch.tensor([0.0, 1e-30, 1e-12, 1e-6]), torch.tensor([1e-36, 1e-25, 0.0, 1e-5])

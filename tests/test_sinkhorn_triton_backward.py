@@ -53,9 +53,9 @@ def test_any_eps(eps, reach):
 @interpreted
 def test_half_steps_with_a_kernel_matrix_each():
     """What weights near zero on both sides ask for, here of every problem."""
-    from parrot_kernels.triton_kernels import sinkhorn_hadamard as forward
+    from parrot_kernels.triton_kernels import sinkhorn_resident
 
-    with mock.patch.object(forward, "LARGEST_SCALING", 1.5):
+    with mock.patch.object(sinkhorn_resident, "LARGEST_SCALING", 1.5):
         assert_matches(weighted(points(2, 9, 7, 3)), kernels="triton")
 
 
