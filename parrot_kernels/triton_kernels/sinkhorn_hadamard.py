@@ -49,6 +49,7 @@ from .specialization import Specialization, launch_options
 
 MAX_POINTS = 256
 MAX_TILE = 128 * 128  # costs that the registers of one program hold: 64 in each of 256 threads
+MAX_ABSORBED = 128 * 64  # costs of a problem whose kernel matrix the registers hold beside the costs
 MAX_REGISTERS = 255  # all that a thread can have
 DEFAULT_THRESHOLD = 1e-3  # `converged` when no tolerance was asked for
 
@@ -89,6 +90,7 @@ def _sinkhorn_hadamard_forward(
     inverse_rho_x,
     inverse_rho_y,
     COST: tl.constexpr,
+    ABSORB: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WARPS_N: tl.constexpr,
@@ -136,16 +138,26 @@ def _sinkhorn_hadamard_forward(
 
     f_now = tl.zeros_like(log_a)
     g_now = tl.zeros_like(log_b)
-    alpha = tl.zeros_like(log_a)
-    beta = tl.zeros_like(log_b)
-    K = tl.zeros_like(c)  # does not serve
-    r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
+    s = tl.zeros_like(log_b)
+    if ABSORB:
+        alpha = tl.zeros_like(log_a)
+        beta = tl.zeros_like(log_b)
+        K = tl.zeros_like(c)  # does not serve
+        r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
+    else:
+        r = log_sum_exp(c, g_now, f_now, valid_i, nothing, True)
     done = remaining * 0
     while done < remaining:
         f_now = tl.where(valid_i, log_a - damp_x * r, 0.0)
-        s, K, beta, alpha = absorbed_log_sum_exp(c, K, beta, alpha, f_now, valid_j, valid_i, nothing, False)
+        if ABSORB:
+            s, K, beta, alpha = absorbed_log_sum_exp(c, K, beta, alpha, f_now, valid_j, valid_i, nothing, False)
+        else:
+            s = log_sum_exp(c, f_now, s, valid_j, nothing, False)
         g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
-        r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
+        if ABSORB:
+            r, K, alpha, beta = absorbed_log_sum_exp(c, K, alpha, beta, g_now, valid_i, valid_j, nothing, True)
+        else:
+            r = log_sum_exp(c, g_now, r, valid_i, nothing, True)
         if f_history is not None:
             step = problem * n_iters + done
             tl.store(f_history + step * N + i, f_now * unit, mask=i < N)
@@ -154,10 +166,10 @@ def _sinkhorn_hadamard_forward(
         if tol is not None:
             gap = tl.abs(tl.exp2(f_now + r) - tl.exp2(log_a - damp_x * r + r))
             remaining = tl.where(sum_vector(tl.where(valid_i, gap, 0.0), True) <= tol, done, remaining)
-    # The last column update again, without K: its sums cancel the rounding of f in what follows.
-    s = log_sum_exp(c, f_now, -beta, valid_j, nothing, False)
-    g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
-    r = log_sum_exp(c, g_now, -alpha, valid_i, nothing, True)
+    if ABSORB:  # the last column update again, without K: its sums cancel the rounding of f in what follows
+        s = log_sum_exp(c, f_now, s, valid_j, nothing, False)
+        g_now = tl.where(valid_j, log_b - damp_y * s, 0.0)
+        r = log_sum_exp(c, g_now, r, valid_i, nothing, True)
 
     # Zero, which the compiler can't know: offsets and masks are made again here, not held in registers above.
     zero = tl.minimum(done, 0)
@@ -297,6 +309,7 @@ def forward(
             0.0 if rho_x is None else 1.0 / rho_x,
             0.0 if rho_y is None else 1.0 / rho_y,
             COST=COSTS[cost],
+            ABSORB=rows * columns <= MAX_ABSORBED,
             BLOCK_N=rows,
             BLOCK_M=columns,
             WARPS_N=warps_n,
@@ -336,6 +349,7 @@ def specializations() -> Iterator[Specialization]:
             constants={
                 **({} if full else dict.fromkeys(optional)),
                 **({} if cost == "matrix" else {"cost_matrix": None}),
+                "ABSORB": rows * columns <= MAX_ABSORBED,
                 **{"COST": COSTS[cost], "BLOCK_N": rows, "BLOCK_M": columns, "WARPS_N": warps_n, "WARPS_M": warps_m},
             },
             num_warps=warps_n * warps_m,

@@ -14,7 +14,8 @@ K with them: a log-domain step with the maximum as shift. Since K is a density w
 near zero. Where K then has an entry above 2^58, which takes that on both sides, the other side's offsets become its
 potentials: K is right for this half-step at least. The last column update is made once more in the log domain, so that
 its sums cancel the rounding of f in the projections. There a log-sum-exp takes a shift that is near it, -beta, rather
-than the maximum, which spares a pass; if a sum leaves [2^-64, 2^64] it is redone with the maximum.
+than the maximum, which spares a pass; if a sum leaves [2^-64, 2^64] it is redone with the maximum. Where K does not fit
+beside the costs (tiles of more than 8192), all half-steps are done so, with the shifts of the iteration before.
 
 *Costs by direct differences*, one feature at a time: |x|^2 + |y|^2 - 2 x.y would lose near-coincident points.
 Padding never enters: masked loads replace it, and c = inf off the valid block makes every power there exactly 0.
