@@ -143,6 +143,15 @@ def test_half_steps_with_a_kernel_matrix_each():
         check(*points(1, 9, 7, 3), a=a, b=b, eps=0.02, scale=4.0, **reach)
 
 
+@pytest.mark.parametrize("eps", [1e-3, 0.05])
+@interpreted
+def test_the_largest_tiles_step_in_the_log_domain(eps):
+    from parrot_kernels.triton_kernels import sinkhorn_hadamard
+
+    with mock.patch.object(sinkhorn_hadamard, "MAX_ABSORBED", 0):
+        check(*points(2, 9, 6, 3), eps=eps, scale=max(1.0, 0.02 / eps))
+
+
 @pytest.mark.parametrize(("rho_x", "rho_y"), [(0.5, 0.5), (0.3, None), (None, 2.0)])
 @interpreted
 def test_unbalanced(rho_x, rho_y):
