@@ -125,14 +125,15 @@ constexpr double kBalanced = std::numeric_limits<double>::infinity();
 void bind_sinkhorn_hadamard(py::module_& m) {
     m.def(
         "sinkhorn_hadamard_forward",
-        [](SINKHORN_FORWARD_PARAMETERS, int num_threads) {
+        [](SINKHORN_FORWARD_PARAMETERS, int64_t workspace_limit, int num_threads) {
             SinkhornHadamardForward p;
             SET_SINKHORN_FORWARD(p);
-            p.num_threads = num_threads;
+            p.workspace_limit = workspace_limit, p.num_threads = num_threads;
             py::gil_scoped_release release;
             cpu::sinkhorn_hadamard_forward(p);
         },
-        SINKHORN_FORWARD_ARGUMENTS, py::arg("num_threads"));
+        SINKHORN_FORWARD_ARGUMENTS, py::arg("workspace_limit") = SinkhornHadamardForward{}.workspace_limit,
+        py::arg("num_threads"));
     m.def(
         "sinkhorn_hadamard_backward",
         [](SINKHORN_BACKWARD_PARAMETERS, int num_threads) {

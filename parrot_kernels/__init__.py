@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from .modules import BiMamba, Mamba, ParallelBranchFusion, SinkhornDivergence, SinkhornHadamard
+from .native import set_workspace_limit
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from .ops.parallel_branch_fusion import parallel_branch_fusion
 from .ops.selective_scan import selective_scan, selective_state_update
@@ -25,6 +26,7 @@ __all__ = [
     "parallel_branch_fusion",
     "selective_scan",
     "selective_state_update",
+    "set_workspace_limit",
     "sinkhorn_divergence",
     "sinkhorn_hadamard",
     "sinkhorn_plan",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,6 +71,43 @@ def extension() -> ModuleType:
 def call_cpu(function: str, **arguments: Any) -> None:
     """Run a CPU kernel of the extension on as many threads as torch uses."""
     getattr(extension(), function)(**arguments, num_threads=torch.get_num_threads())
+
+
+_workspace_limit: int | None = None
+
+
+def workspace_limit() -> int:
+    """The limit in force, see `set_workspace_limit`; PARROT_WORKSPACE_LIMIT is read at the first call."""
+    global _workspace_limit
+    if _workspace_limit is None:
+        given = os.environ.get("PARROT_WORKSPACE_LIMIT", str(1 << 30))
+        if not given.isdecimal():
+            raise ValueError(f"parrot_kernels: PARROT_WORKSPACE_LIMIT must be a number of bytes, got {given!r}")
+        _workspace_limit = int(given)
+    return _workspace_limit
+
+
+def set_workspace_limit(limit: int) -> None:
+    """Bound what CPU kernels keep of matrices that are larger than their inputs and outputs.
+
+    The forward of `sinkhorn_hadamard` keeps the cost and the kernel matrix of a problem, 2 N M numbers of the compute
+    dtype. Where these are more than ``limit`` bytes it computes them again, tile by tile, whenever they are needed:
+    slower, in O((N + M) D) memory. Which way a problem goes is decided by its own size, not by threads or batch, and
+    with it the last bits of the results. Small problems are worked on side by side, one per thread; each may use
+    the limit. The backward keeps its matrices whole.
+
+    Args:
+        limit: bytes, not negative. The default is 1 GiB, or the environment variable PARROT_WORKSPACE_LIMIT.
+
+    Raises:
+        TypeError, ValueError: ``limit`` is not an int, or is negative.
+    """
+    global _workspace_limit
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"set_workspace_limit: limit must be an int, a number of bytes, got {limit!r}")
+    if limit < 0:
+        raise ValueError(f"set_workspace_limit: limit must not be negative, got {limit}")
+    _workspace_limit = limit
 
 
 def call_cuda(function: str, device: torch.device, **arguments: Any) -> None:

@@ -83,16 +83,38 @@ struct PairwiseCost {
             if (of_x) return;
             for (int64_t j = group * kLanes<T>; j < (group + 1) * kLanes<T>; ++j)
                 prepare_row(y, y_rows, y_norms, j, j < m);
-            for (int64_t d = 0; d < features; d += kLanes<T>) {
-                Vec<T> tile[kLanes<T>];
-                PARROT_UNROLL
-                for (int lane = 0; lane < kLanes<T>; ++lane)
-                    tile[lane] = load(y_rows + (group * kLanes<T> + lane) * feature_stride + d);
-                transpose<T>(tile);
-                for (int lane = 0; lane < kLanes<T> && d + lane < features; ++lane)
-                    store(y_packed + packed_index<T>(d + lane, group, features, m_pad / kLanes<T>), tile[lane]);
-            }
+            pack_columns(group);
         });
+    }
+
+    // kLanes rows of y into the right factor of the product.
+    void pack_columns(int64_t group) const {
+        for (int64_t d = 0; d < features; d += kLanes<T>) {
+            Vec<T> tile[kLanes<T>];
+            PARROT_UNROLL
+            for (int lane = 0; lane < kLanes<T>; ++lane)
+                tile[lane] = load(y_rows + (group * kLanes<T> + lane) * feature_stride + d);
+            transpose<T>(tile);
+            for (int lane = 0; lane < kLanes<T> && d + lane < features; ++lane)
+                store(y_packed + packed_index<T>(d + lane, group, features, m_pad / kLanes<T>), tile[lane]);
+        }
+    }
+
+    // Of the same costs, with row `begin` the first; begin is a multiple of kLanes.
+    PairwiseCost from_row(int64_t begin) const {
+        PairwiseCost rest = *this;
+        rest.n -= begin, rest.n_pad -= begin;
+        rest.x += begin * feature_stride, rest.x_rows += begin * feature_stride, rest.x_norms += begin;
+        return rest;
+    }
+
+    // With x and y in each other's place; `packed` is for x and to be filled by the result's pack_columns.
+    PairwiseCost transposed(T* packed) const {
+        PairwiseCost other = *this;
+        other.n = m, other.m = n, other.n_pad = m_pad, other.m_pad = n_pad;
+        other.x = y, other.y = x, other.x_rows = y_rows, other.y_rows = x_rows;
+        other.x_norms = y_norms, other.y_norms = x_norms, other.y_packed = packed;
+        return other;
     }
 
     // Squared distances of x_i to kLanes rows of y from j on.

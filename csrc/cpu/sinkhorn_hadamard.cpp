@@ -1,10 +1,11 @@
-// Sinkhorn-Hadamard on the CPU: cost, iteration (sinkhorn_iteration.h) and projections of each problem of a batch.
+// Sinkhorn-Hadamard on the CPU: cost, iteration (sinkhorn_iteration.h, or sinkhorn_streaming.h where the matrices are
+// too large to be kept) and projections of each problem of a batch.
 #include "sinkhorn_hadamard.h"
 
 #include <stdexcept>
 
 #include "dispatch.h"
-#include "sinkhorn_iteration.h"
+#include "sinkhorn_streaming.h"
 
 namespace parrot {
 namespace PARROT_ISA {
@@ -22,8 +23,10 @@ struct ForwardProblem {
     T scale;
     PairwiseCost<T> pairwise;
     SinkhornIteration<T> iteration;
+    SinkhornStreaming<T> stream;
+    bool streaming;          // decided by the problem alone, so that its bits don't depend on threads or batch
     T *x, *y;                // in the compute type, rows and columns padded with zeros
-    T *x_packed, *y_packed;  // times h and w, in panels: the right factors of the projections
+    T *x_packed, *y_packed;  // times h and w (as they are when streaming), in panels: right factors of the projections
     T* products;             // (threads, block_rows or columns of a chunk, feature_stride)
     T* shared;               // scale; error and iterations, where one thread iterates for all
     T* tile_parts;           // (row_tiles), largest costs, then parts of the transport cost
@@ -43,8 +46,9 @@ struct ForwardProblem {
     size_t carve(char* memory, int threads) {
         Carver carver(memory);
         iteration.set_shape(length(p.x_lengths, problem, N), length(p.y_lengths, problem, M));
-        iteration.carve(carver, threads);
         const int64_t n_pad = iteration.n_pad, m_pad = iteration.m_pad;
+        streaming = 2.0 * sizeof(T) * double(n_pad) * double(m_pad) > double(p.workspace_limit);
+        iteration.carve(carver, threads, !streaming);
         x = carver.take<T>(n_pad * feature_stride);
         y = carver.take<T>(m_pad * feature_stride);
         products = carver.take<T>(threads * kRowTile * feature_stride);
@@ -57,6 +61,14 @@ struct ForwardProblem {
         pairwise.x = x, pairwise.y = y;
         pairwise.carve(carver);
         x_packed = pairwise.x_rows, y_packed = pairwise.y_rows;  // not needed at the same time
+        if (streaming) {
+            x_packed = carver.take<T>(n_pad * feature_stride);
+            y_packed = carver.take<T>(m_pad * feature_stride);
+            stream.iteration = &iteration;
+            stream.by_rows = {pairwise, p.cost_matrix, problem, iteration.m, m_pad};
+            stream.by_columns = stream.by_rows.transposed(carver.take<T>(n_pad * feature_stride));
+            stream.carve(carver, threads);
+        }
         return carver.used();
     }
 
@@ -95,9 +107,13 @@ struct ForwardProblem {
         }
     }
 
-    __attribute__((noinline)) void cost_tile(int64_t tile) {
+    __attribute__((noinline)) void cost_tile(const Team& team, int64_t tile) {
         auto& it = iteration;
         const int64_t begin = tile * kRowTile, end = begin + kRowTile < it.n ? begin + kRowTile : it.n;
+        if (streaming) {  // for the scale only
+            tile_parts[tile] = p.cost_scale > 0 ? T(0) : stream.by_rows.rows(begin, end, stream.costs(team, it.m_pad));
+            return;
+        }
         if (p.cost != CostKind::matrix) {
             tile_parts[tile] = pairwise.rows(begin, end, it.cost);
             return;
@@ -131,7 +147,9 @@ struct ForwardProblem {
                 read_points(p.y, problem, group, it.m, features, feature_stride, y);
         });
         if (p.cost != CostKind::matrix) pairwise.prepare(team);
-        team.for_each(row_tiles, [&](int64_t tile) { cost_tile(tile); });
+        if (streaming && p.cost != CostKind::matrix && !pairwise.by_differences())
+            team.for_each(it.n_pad / L, [&](int64_t group) { stream.by_columns.pairwise.pack_columns(group); });
+        team.for_each(row_tiles, [&](int64_t tile) { cost_tile(team, tile); });
         scale = find_scale();
         team.barrier();  // tile_parts is written again
         it.n_iters = p.n_iters;
@@ -203,6 +221,53 @@ struct ForwardProblem {
             write_projection(p.x_to_y, p.y_hadamard, j, product, it.v[j], y + j * feature_stride);
     }
 
+    // Columns of x_to_y from a tile of the transposed kernel P / b, whose sums make up for the rounding of G.
+    __attribute__((noinline)) void stream_columns(const Team& team, int64_t tile, const T* F, T* product) {
+        auto& it = iteration;
+        const int64_t begin = tile * kColumnTile, end = begin + kColumnTile < it.m ? begin + kColumnTile : it.m;
+        const Blocked<T> cost = stream.costs(team, it.n_pad), kernel = stream.kernel(team, it.n_pad);
+        stream.by_columns.rows(begin, end, cost);
+        for (int64_t j = begin; j < end; ++j) {
+            fill_row(cost, j - begin, it.beta[j], F, it.inverse, kernel);
+            it.v[j] = it.balanced_y ? T(1) / sum_row(kernel, j - begin) : T(1);
+        }
+        matmul<T>(end - begin, it.n, {kernel.first, L, L * it.n_pad, 1, L * L}, x_packed, feature_stride / L,
+                  {product, feature_stride, L * feature_stride, L});
+        for (int64_t j = begin; j < end; ++j, product += feature_stride)
+            write_projection(p.x_to_y, p.y_hadamard, j, product, it.v[j], y + j * feature_stride);
+    }
+
+    // As finish_rows, from a tile of the kernel P / a; after all columns.
+    __attribute__((noinline)) void stream_rows(const Team& team, int64_t tile, const T* F, T* product) {
+        auto& it = iteration;
+        const int64_t begin = tile * kRowTile, end = begin + kRowTile < it.n ? begin + kRowTile : it.n;
+        const Blocked<T> cost = stream.costs(team, it.m_pad), kernel = stream.kernel(team, it.m_pad);
+        stream.by_rows.rows(begin, end, cost);
+        T spent = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            fill_row(cost, i - begin, F[i] - it.log_a[i], it.G, it.inverse, kernel);
+            Vec<T> row_cost{};
+            for (int64_t j = 0; j < it.m_pad; j += L) {
+                const Vec<T> entry = load(kernel.at(i - begin, j)) * load(it.v + j);
+                store(kernel.at(i - begin, j), entry);
+                row_cost += entry * load(cost.at(i - begin, j));
+            }
+            spent += it.a[i] * sum_lanes<T>(row_cost);
+        }
+        tile_parts[tile] = spent;
+        matmul<T>(end - begin, it.m, {kernel.first, L, L * it.m_pad, 1, L * L}, y_packed, feature_stride / L,
+                  {product, feature_stride, L * feature_stride, L});
+        for (int64_t i = begin; i < end; ++i, product += feature_stride) {
+            write_projection(p.y_to_x, p.x_hadamard, i, product, T(1), x + i * feature_stride);
+            T values[L];
+            for (int64_t j = 0; p.plan && j < M; j += L) {
+                if (j < it.m) store(values, load(kernel.at(i - begin, j)) * it.a[i]);
+                const int64_t valid = j > it.m ? 0 : it.m - j;
+                write_row(RowView(p.plan, problem, i).from(j), values, valid < L ? valid : L, M - j < L ? M - j : L);
+            }
+        }
+    }
+
     void write_potentials(const T* potential, const TensorView& out, const TensorView& history, int steps,
                           int64_t count, int64_t total, T* scratch) const {
         for (int64_t i = 0; i < count; ++i) scratch[i] = potential[i] * iteration.eps;
@@ -221,17 +286,24 @@ struct ForwardProblem {
             const int64_t count = rows ? it.n : it.m;
             for (int64_t i = group * L; i < (group + 1) * L && i < count; ++i)
                 if (rows)
-                    pack_row(x_packed, x + i * feature_stride, it.a[i] * u[i], i, it.n, vectors);
+                    pack_row(x_packed, x + i * feature_stride, streaming ? T(1) : it.a[i] * u[i], i, it.n, vectors);
                 else
-                    pack_row(y_packed, y + i * feature_stride, it.w[i], i, it.m, vectors);
+                    pack_row(y_packed, y + i * feature_stride, streaming ? T(1) : it.w[i], i, it.m, vectors);
         });
         T* product = products + team.rank * kRowTile * feature_stride;
-        team.for_each(row_tiles, (it.m_pad + kColumnTile - 1) / kColumnTile, [&](bool rows, int64_t tile) {
-            if (rows)
-                finish_rows(tile, u, product);
-            else
-                finish_columns(tile, product);
-        });
+        const T* F = it.F[result.iterations & 1];
+        const int64_t column_tiles = (it.m + kColumnTile - 1) / kColumnTile;
+        if (streaming) {
+            team.for_each(column_tiles, [&](int64_t tile) { stream_columns(team, tile, F, product); });
+            team.for_each(row_tiles, [&](int64_t tile) { stream_rows(team, tile, F, product); });
+        } else {
+            team.for_each(row_tiles, column_tiles, [&](bool rows, int64_t tile) {
+                if (rows)
+                    finish_rows(tile, u, product);
+                else
+                    finish_columns(tile, product);
+            });
+        }
         if (team.rank != 0) return;
         T transport_cost = 0;
         for (int64_t tile = 0; tile < row_tiles; ++tile) transport_cost += tile_parts[tile];
@@ -245,7 +317,7 @@ struct ForwardProblem {
             write_row(RowView(p.x_to_y, problem, j), none, 0, features);
             if (p.y_hadamard) write_row(RowView(p.y_hadamard, problem, j), none, 0, features);
         }
-        write_potentials(it.F[result.iterations & 1], p.f, p.f_history, result.iterations, it.n, N, it.h);
+        write_potentials(F, p.f, p.f_history, result.iterations, it.n, N, it.h);
         write_potentials(it.G, p.g, p.g_history, result.iterations, it.m, M, it.w);
         write_scalars(result, transport_cost / scale, scale);
     }
@@ -259,7 +331,7 @@ struct ForwardProblem {
         const Team iterating = share ? team : team.alone();
         typename SinkhornIteration<T>::Result result{};
         if (iterating.size > 0) {
-            result = iteration.run(iterating);
+            result = streaming ? stream.run(iterating) : iteration.run(iterating);
             if (team.rank == 0) shared[0] = T(result.iterations), shared[1] = result.error;
         }
         team.barrier();

@@ -66,9 +66,10 @@ struct SinkhornIteration {
         chunks = (m_pad / L + kChunkVectors - 1) / kChunkVectors;
     }
 
-    void carve(Carver& carver, int threads) {
-        cost = {carver.take<T>(n_pad * m_pad), m_pad};
-        kernel = {carver.take<T>(n_pad * m_pad), m_pad};
+    // Without matrices for sinkhorn_streaming.h.
+    void carve(Carver& carver, int threads, bool matrices) {
+        cost = {carver.take<T>(matrices ? n_pad * m_pad : 0), m_pad};
+        kernel = {carver.take<T>(matrices ? n_pad * m_pad : 0), m_pad};
         for (T** array : {&a, &log_a, &alpha, &h, &u[0], &u[1], &F[0], &F[1], &row_tail})
             *array = carver.take<T>(n_pad);
         for (T** array : {&b, &log_b, &beta, &v, &w, &G, &column_tail}) *array = carver.take<T>(m_pad);
@@ -436,10 +437,14 @@ struct SinkhornIteration {
         }
     }
 
-    Result run(const Team& team) {
-        const T mass_a = mass(a, n_pad), mass_b = mass(b, m_pad);
+    // Whether the ranges in which sums are trusted fit the weights.
+    bool usual_masses() const {
         const auto usual = [](T mass) { return mass > 1 / kLargestMass && mass < kLargestMass; };
-        if (usual(mass_a) && usual(mass_b)) {
+        return usual(mass(a, n_pad)) && usual(mass(b, m_pad));
+    }
+
+    Result run(const Team& team) {
+        if (usual_masses()) {
             const Result result = run_scaling(team);
             if (!unrepresentable[0] && !unrepresentable[1]) return result;
         }

@@ -21,6 +21,8 @@ struct SinkhornHadamardForward {
     // Outputs, preallocated; plan and the histories may be absent.
     TensorView x_to_y, y_to_x, x_hadamard, y_hadamard, f, g, plan;
     TensorView transport_cost, error, iterations, converged, scale, f_history, g_history;
+    // CPU: bytes; what a problem would keep beyond them is made tile by tile.
+    int64_t workspace_limit = int64_t{1} << 30;
     int num_threads = 1;     // CPU
     void* stream = nullptr;  // CUDA
 };

@@ -121,6 +121,8 @@ def sinkhorn_hadamard(
     Memory for the backward: the inputs and, if "unrolled", the potentials of each iteration, n_iters (N + M) numbers
     per problem. The backward of "implicit" solves a dense system of N + M unknowns in fp64.
 
+    On CPUs the forward keeps matrices of N M numbers up to `parrot_kernels.set_workspace_limit`.
+
     Under autocast nothing is cast: x and y must have one dtype, and half-precision inputs are computed in fp32 anyway.
     ``torch.compile(fullgraph=True)`` and ``torch.vmap`` work; ``torch.func.grad`` raises, as for all custom ops.
     Values (lengths, weights, eps) are checked on CPU tensors only, where reading them does not stall a device. A NaN
@@ -291,6 +293,10 @@ def _triton_forward(*, x: Tensor, y: Tensor, **arguments: Any) -> None:
 _reference_backward = _in_full_precision(reference.backward)
 
 
+def _cpu_forward(**arguments: Any) -> None:
+    native.call_cpu("sinkhorn_hadamard_forward", workspace_limit=native.workspace_limit(), **arguments)
+
+
 def _cpu_backward(*, gradient: str, **arguments: Any) -> None:
     if gradient == "implicit":  # one dense linear system in float64: LAPACK's work, by way of PyTorch
         _reference_backward(gradient=gradient, **arguments)
@@ -331,7 +337,7 @@ def _why_not_cuda(x: Tensor, y: Tensor) -> str | None:
 
 KERNELS = {
     "torch": Kernels(_in_full_precision(reference.forward), _reference_backward),
-    "cpu": Kernels(functools.partial(native.call_cpu, "sinkhorn_hadamard_forward"), _cpu_backward),
+    "cpu": Kernels(_cpu_forward, _cpu_backward),
     "cuda": Kernels(_cuda_forward, _reference_backward),
     "triton": Kernels(_triton_forward, _triton_backward),
 }
