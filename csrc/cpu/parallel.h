@@ -74,6 +74,13 @@ struct Team {
     Team alone() const { return {0, rank == 0 ? 1 : 0, nullptr}; }
 };
 
+// Whether threads share each problem of a batch, or take whole problems: whichever ends first. Only large enough
+// problems iterate together; in others about half of the work is left to one thread.
+inline bool threads_share(int threads, int64_t batch, bool iterate_together) {
+    const double rounds = static_cast<double>((batch + threads - 1) / threads);
+    return threads > 1 && static_cast<double>(batch) * (iterate_together ? 1.25 / threads : 0.5) < rounds;
+}
+
 // Runs body(team) on `threads` threads.
 template <typename Body>
 inline void run_team(int threads, Body&& body) {

@@ -350,7 +350,8 @@ void forward(const SinkhornHadamardForward& p) {
     const int threads = p.num_threads;
     const double work = double(p.x.size[1]) * double(p.y.size[1]) * (p.n_iters + p.x.size[2]);
     const bool tiny = work * double(batch) < 1e6;
-    const bool share = !tiny && threads > 1 && (batch < 2 * threads || work > 1e9);
+    const bool together = p.x.size[1] * p.y.size[1] >= kShared;
+    const bool share = !tiny && (work > 1e9 || threads_share(threads, batch, together));
     if (share) {
         for (int64_t index = 0; index < batch && !out_of_memory; ++index) {
             ForwardProblem<T> problem(p, index);

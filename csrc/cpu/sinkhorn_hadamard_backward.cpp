@@ -447,7 +447,8 @@ void backward(const SinkhornHadamardBackward& p) {
     const double iterations = p.f_history ? double(p.f_history.size[1]) : 0;
     const double work = double(p.x.size[1]) * double(p.y.size[1]) * (2 * iterations + 4 * double(p.x.size[2]));
     const bool tiny = work * double(batch) < 1e6;
-    const bool share = !tiny && threads > 1 && (batch < 2 * threads || work > 2e9);
+    const bool together = p.x.size[1] * p.y.size[1] >= kShared;
+    const bool share = !tiny && (work > 2e9 || threads_share(threads, batch, together));
     if (share) {
         for (int64_t index = 0; index < batch && !out_of_memory; ++index) {
             BackwardProblem<T> problem(p, index);
