@@ -369,8 +369,8 @@ def test_what_detached_holds_constant_has_no_gradient(name):
 
 def test_only_what_is_needed_is_kept(monkeypatch):
     kept = []
-    allocate = module._allocate
-    monkeypatch.setattr(module, "_allocate", lambda *a: kept.append(allocate(*a)) or kept[-1])
+    allocate = module.allocate
+    monkeypatch.setattr(module, "allocate", lambda *a: kept.append(allocate(*a)) or kept[-1])
     arguments = problem("plain", SIZES, FP64)
     x = arguments.pop("x")
     for gradient in GRADIENTS:
