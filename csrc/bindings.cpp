@@ -136,14 +136,15 @@ void bind_sinkhorn_hadamard(py::module_& m) {
         py::arg("num_threads"));
     m.def(
         "sinkhorn_hadamard_backward",
-        [](SINKHORN_BACKWARD_PARAMETERS, int num_threads) {
+        [](SINKHORN_BACKWARD_PARAMETERS, int64_t workspace_limit, int num_threads) {
             SinkhornHadamardBackward p;
             SET_SINKHORN_BACKWARD(p);
-            p.num_threads = num_threads;
+            p.workspace_limit = workspace_limit, p.num_threads = num_threads;
             py::gil_scoped_release release;
             cpu::sinkhorn_hadamard_backward(p);
         },
-        SINKHORN_BACKWARD_ARGUMENTS, py::arg("num_threads"));
+        SINKHORN_BACKWARD_ARGUMENTS, py::arg("workspace_limit") = SinkhornHadamardBackward{}.workspace_limit,
+        py::arg("num_threads"));
 #ifdef PARROT_WITH_CUDA
     m.def(
         "sinkhorn_hadamard_forward_cuda",

@@ -90,11 +90,11 @@ def workspace_limit() -> int:
 def set_workspace_limit(limit: int) -> None:
     """Bound what CPU kernels keep of matrices that are larger than their inputs and outputs.
 
-    The forward of `sinkhorn_hadamard` keeps the cost and the kernel matrix of a problem, 2 N M numbers of the compute
-    dtype. Where these are more than ``limit`` bytes it computes them again, tile by tile, whenever they are needed:
-    slower, in O((N + M) D) memory. Which way a problem goes is decided by its own size, not by threads or batch, and
-    with it the last bits of the results. Small problems are worked on side by side, one per thread; each may use
-    the limit. The backward keeps its matrices whole.
+    `sinkhorn_hadamard` keeps the cost and the kernel matrix of a problem, 2 N M numbers of the compute dtype, and its
+    backward also the gradient of the cost, 3 N M. Where these are more than ``limit`` bytes they are computed again,
+    tile by tile, whenever they are needed: slower, in O((N + M) (D + n_iters)) memory. Which way a problem goes is
+    decided by its own size, not by threads or batch, and with it the last bits of the results. Small problems are
+    worked on side by side, one per thread; each may use the limit. ``gradient="implicit"`` takes no notice of it.
 
     Args:
         limit: bytes, not negative. The default is 1 GiB, or the environment variable PARROT_WORKSPACE_LIMIT.

@@ -201,7 +201,9 @@ def peak():
 def grown(limit, points):
     before = peak()
     parrot_kernels.set_workspace_limit(limit)
-    parrot_kernels.sinkhorn_hadamard(*torch.randn(2, 1, points, 16), n_iters=5, backend="cpu")
+    x, y = (torch.randn(1, points, 16, requires_grad=True) for _ in "xy")
+    out = parrot_kernels.sinkhorn_hadamard(x, y, n_iters=3, backend="cpu")
+    (out.cost.sum() + out.y_hadamard.sum()).backward()
     return peak() - before
 
 grown(0, 50)
@@ -211,10 +213,10 @@ print(grown(0, 6000), grown(1 << 30, 6000))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory():
-    """A matrix of 6000 x 6000 takes 137 MiB."""
+    """Of a forward and a backward. A matrix of 6000 x 6000 takes 137 MiB."""
     command = [sys.executable, "-c", MEMORY]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     tiled, whole = map(int, done.stdout.split())
-    assert tiled < 32 << 20
-    assert whole > 200 << 20
+    assert tiled < 64 << 20
+    assert whole > 300 << 20

@@ -66,10 +66,13 @@ struct SinkhornAdjoint {
     }
 
     // `steps` is 0 where there is no iteration to go back through.
-    void carve(Carver& carver, int threads, int64_t steps, bool with_cost_gradient) {
-        cost = {carver.take<T>(n_pad * m_pad), m_pad};
-        kernel = {carver.take<T>(n_pad * m_pad), m_pad};
-        dc = {carver.take<T>(with_cost_gradient ? n_pad * m_pad : 0), m_pad};
+    // Without matrices, and products of them, for sinkhorn_streaming_backward.h.
+    void carve(Carver& carver, int threads, int64_t steps, bool with_cost_gradient, bool matrices) {
+        const int64_t size = matrices ? n_pad * m_pad : 0;
+        cost = {carver.take<T>(size), m_pad};
+        kernel = {carver.take<T>(size), m_pad};
+        dc = {carver.take<T>(with_cost_gradient ? size : 0), m_pad};
+        if (!matrices) steps = 0;
         for (T** array :
              {&a, &log_a, &alpha, &F, &s, &row_tail, &h_next, &dF, &dF_new, &row_extra, &dlog_a, &row_damping})
             *array = carver.take<T>(n_pad);

@@ -4,7 +4,7 @@
 
 #include "dispatch.h"
 #include "pairwise_gradient.h"
-#include "sinkhorn_adjoint.h"
+#include "sinkhorn_streaming_backward.h"
 
 namespace parrot {
 namespace PARROT_ISA {
@@ -23,6 +23,11 @@ struct BackwardProblem {
     bool unroll;                  // some gradient through the iteration is wanted
     int64_t steps;
     SinkhornAdjoint<T> adjoint;
+    SinkhornStreamingAdjoint<T> stream;
+    bool streaming;                       // decided by the problem alone
+    static constexpr int64_t kFolds = 8;  // parts of the rows that add to dy apart
+    T *last_F, *last_G;
+    T *dy_parts, *tile_packed, *other_packed;  // (kFolds, m_pad, stride), (threads, kRowTile, stride), (features, m)
     PairwiseCost<T> pairwise;
     PairwiseGradient<T> pairwise_gradient;
     T *x, *y, *to_x, *to_y;  // the points and the gradients of y_to_x and x_to_y, padded with zeros
@@ -54,7 +59,8 @@ struct BackwardProblem {
         Carver carver(memory);
         auto& it = adjoint;
         it.set_shape(length(p.x_lengths, problem, N), length(p.y_lengths, problem, M));
-        it.carve(carver, threads, steps, through_cost);
+        streaming = 3.0 * sizeof(T) * double(it.n_pad) * double(it.m_pad) > double(p.workspace_limit);
+        it.carve(carver, threads, steps, through_cost, !streaming);
         for (T** array : {&x, &to_x, &dx, &columns_packed}) *array = carver.take<T>(it.n_pad * stride);
         for (T** array : {&y, &to_y, &dy, &rows_packed, &transposed_packed}) *array = carver.take<T>(it.m_pad * stride);
         products = carver.take<T>(threads * kRowTile * (stride > kColumnTile ? stride : kColumnTile));
@@ -66,6 +72,16 @@ struct BackwardProblem {
         pairwise.x = x, pairwise.y = y;
         if (p.cost != CostKind::matrix) pairwise.carve(carver);
         pairwise_gradient.has_near = carver.take<int>(it.n_pad);
+        if (streaming) {
+            stream.adjoint = &adjoint;
+            stream.by_rows = {pairwise, p.cost_matrix, problem, it.m, it.m_pad};
+            stream.by_columns = stream.by_rows.transposed(carver.take<T>(it.n_pad * stride));
+            stream.carve(carver, threads, steps);
+            dy_parts = carver.take<T>(kFolds * it.m_pad * stride);
+            tile_packed = carver.take<T>(threads * kRowTile * stride);
+            other_packed = carver.take<T>(it.m_pad * stride);
+            last_F = carver.take<T>(it.n_pad), last_G = carver.take<T>(it.m_pad);
+        }
         return carver.used();
     }
 
@@ -156,8 +172,37 @@ struct BackwardProblem {
         it.damp_y = it.balanced_y ? T(1) : T(p.rho_y / (p.rho_y + it.eps));
         it.f_history = p.f_history, it.g_history = p.g_history;
         if (p.cost != CostKind::matrix) pairwise.prepare(team);
+        if (streaming) {
+            if (p.cost != CostKind::matrix && !pairwise.by_differences())
+                team.for_each(it.n_pad / L, [&](int64_t group) { stream.by_columns.pairwise.pack_columns(group); });
+            return;
+        }
         team.for_each(it.blocks,
                       [&](int64_t block) { tiles(block, [&](int64_t begin, int64_t end) { cost_rows(begin, end); }); });
+    }
+
+    // Makes the thread's tiles stand for rows [begin, end) of the matrices, with the costs of these and dc zero.
+    void window(const Team& team, int64_t begin, int64_t end) {
+        auto& it = adjoint;
+        if (!streaming) return;
+        Blocked<T>* matrices[] = {&it.cost, &it.kernel, &it.dc};
+        for (int which = 0; which < 3; ++which) {
+            *matrices[which] = stream.tile(team, which, it.m_pad);
+            matrices[which]->first -= begin * it.m_pad;
+        }
+        cost_rows(begin, end);
+    }
+
+    // body(begin, end, costs, kernel) for tiles of the transposed cost.
+    template <typename Body>
+    void stream_columns(const Team& team, Body&& body) const {
+        const auto& it = adjoint;
+        team.for_each((it.m + kRowTile - 1) / kRowTile, [&](int64_t tile) {
+            const int64_t begin = tile * kRowTile, end = begin + kRowTile < it.m ? begin + kRowTile : it.m;
+            const Blocked<T> cost = stream.tile(team, 0, it.n_pad);
+            stream.by_columns.rows(begin, end, cost);
+            body(begin, end, cost, stream.tile(team, 1, it.n_pad));
+        });
     }
 
     // The last potentials, F as stored and G by one more update from it, so that its sums cancel the rounding of F.
@@ -171,7 +216,14 @@ struct BackwardProblem {
             }
         }
         team.barrier();
-        team.for_each(it.chunks, [&](int64_t chunk) {
+        if (streaming)
+            stream_columns(team, [&](int64_t begin, int64_t end, Blocked<T> cost, Blocked<T>) {
+                for (int64_t j = begin; j < end; ++j) {
+                    it.beta[j] = -it.damp_y * row_lse(cost, j - begin, it.F, it.inverse);
+                    it.G[j] = it.beta[j] + it.log_b[j];
+                }
+            });
+        team.for_each(streaming ? 0 : it.chunks, [&](int64_t chunk) {
             for (int64_t j = it.chunk_begin(chunk); j < it.chunk_end(chunk); j += L) {
                 const IntVec<T> padding = load(it.column_tail + j) > T(0);
                 const Vec<T> lse = padding ? broadcast(T(__builtin_huge_val())) : it.column_lse(j);
@@ -196,6 +248,13 @@ struct BackwardProblem {
             out[i] *= adjoint.eps;
         }
         return sum;
+    }
+
+    // The iteration's adjoint overwrites F and G, and dc is made after it.
+    void keep_potentials(const Team& team) {
+        const auto& it = adjoint;
+        team.for_each(it.n_pad / L, [&](int64_t group) { store(last_F + group * L, load(it.F + group * L)); });
+        team.for_each(it.m_pad / L, [&](int64_t group) { store(last_G + group * L, load(it.G + group * L)); });
     }
 
     // One of the projections, by the kernel P / b ("to y": x_to_y, whose gradient is to_y) or P / a ("to x").
@@ -318,6 +377,7 @@ struct BackwardProblem {
             it.clear_partials(block);
             T* partial = it.partial_dG + block * it.m_pad;
             tiles(block, [&](int64_t begin, int64_t end) {
+                window(team, begin, end);
                 for (int64_t i = begin; i < end; ++i)
                     it.fill_row(i, side.to_y ? it.F[i] : it.alpha[i], side.to_y ? it.beta : it.G);
                 if (side.through_kernel)
@@ -332,7 +392,7 @@ struct BackwardProblem {
         });
         team.for_each((it.m_pad + kRowTile - 1) / kRowTile, [&](int64_t tile) {
             const int64_t begin = tile * kRowTile, end = begin + kRowTile < it.m ? begin + kRowTile : it.m;
-            if (side.by_columns && begin < end) {
+            if (side.by_columns && begin < end && !streaming) {
                 matmul<T>(end - begin, it.n, {it.kernel.at(0, begin), 1, L * L, L, L * it.m_pad}, columns_packed,
                           stride / L, {product, stride, L * stride, L});
                 add_rows(begin, end, side.column_factor, product, dy);
@@ -341,6 +401,15 @@ struct BackwardProblem {
             for (int64_t j = begin; j < begin + kRowTile && j < it.m_pad; j += L)
                 store(sums + j, load(sums + j) + it.total(it.partial_dG, j));
         });
+        if (side.by_columns && streaming)
+            stream_columns(team, [&](int64_t begin, int64_t end, Blocked<T> cost, Blocked<T> kernel) {
+                for (int64_t j = begin; j < end; ++j)
+                    fill_row(cost, j - begin, side.to_y ? it.beta[j] : it.G[j], side.to_y ? it.F : it.alpha, it.inverse,
+                             kernel);
+                matmul<T>(end - begin, it.n, {kernel.first, L, L * it.n_pad, 1, L * L}, columns_packed, stride / L,
+                          {product, stride, L * stride, L});
+                add_rows(begin, end, side.column_factor, product, dy);
+            });
     }
 
     void write_cost_row(int64_t i) const {
@@ -358,8 +427,62 @@ struct BackwardProblem {
         }
     }
 
-    void through_costs(const Team& team) {
+    // All of dc of rows [begin, end), again for the side by which the plan depends on the potentials.
+    void stream_gradient(const Team& team, int64_t begin, int64_t end, T* unused) {
         auto& it = adjoint;
+        window(team, begin, end);
+        for (const Side& side : {side_y(), side_x()}) {
+            if (!side.through_kernel && !side.plan) continue;
+            T* const packed = transposed_packed;
+            if (side.to_y) transposed_packed = other_packed;
+            for (int64_t i = begin; i < end; ++i)
+                it.fill_row(i, side.to_y ? last_F[i] : it.alpha[i], side.to_y ? it.beta : last_G);
+            if (side.through_kernel) kernel_gradient(begin, end, side, it.dF, unused, my_product(team));
+            if (side.plan)
+                for (int64_t i = begin; i < end; ++i) plan_gradient(i, unused);
+            transposed_packed = packed;
+        }
+        if (unroll) stream.add_gradient(begin, end, steps, unused);
+    }
+
+    // through_costs, tile by tile.
+    void stream_costs(const Team& team) {
+        auto& it = adjoint;
+        auto& gradient = pairwise_gradient;
+        const bool points = prepare_gradient(team);
+        T *product = my_product(team), *mine = tile_packed + team.rank * kRowTile * stride;
+        team.for_each(kFolds, [&](int64_t fold) {
+            T* part = dy_parts + fold * it.m_pad * stride;
+            for (int64_t d = 0; d < it.m_pad * stride; d += L) store(part + d, Vec<T>{});
+            for (int64_t block = fold * it.blocks / kFolds; block < (fold + 1) * it.blocks / kFolds; ++block)
+                tiles(block, [&](int64_t begin, int64_t end) {
+                    stream_gradient(team, begin, end, it.partial_dG + block * it.m_pad);
+                    for (int64_t i = begin; i < end; ++i) write_cost_row(i);
+                    if (!points) return;
+                    gradient.cost = it.cost, gradient.gradient = it.dc, gradient.near = it.kernel;
+                    gradient.rows(begin, end, product);
+                    if (!p.dy) return;
+                    PairwiseGradient<T> of_tile = gradient;
+                    of_tile.pairwise = pairwise.from_row(begin);
+                    of_tile.pairwise.n = end - begin;
+                    of_tile.gradient = stream.tile(team, 2, it.m_pad), of_tile.near = stream.tile(team, 1, it.m_pad);
+                    of_tile.has_near += begin, of_tile.dy = part, of_tile.x_packed = mine;
+                    for (int64_t i = begin; i < end; ++i)
+                        pack_row(mine, pairwise.x_rows + i * stride, T(1), i - begin, end - begin, stride / L);
+                    for (int64_t j = 0; j < it.m; j += kRowTile)
+                        of_tile.columns(j, j + kRowTile < it.m ? j + kRowTile : it.m, product);
+                });
+        });
+        team.for_each(points && p.dy ? it.m : 0, [&](int64_t j) {
+            for (int64_t d = j * stride; d < (j + 1) * stride; d += L)
+                for (int64_t fold = 0; fold < kFolds; ++fold)
+                    store(dy + d, load(dy + d) + load(dy_parts + fold * it.m_pad * stride + d));
+        });
+    }
+
+    // Whether there are gradients of points.
+    bool prepare_gradient(const Team& team) {
+        const auto& it = adjoint;
         const bool points = p.cost != CostKind::matrix && (p.dx || p.dy);
         auto& gradient = pairwise_gradient;
         gradient.pairwise = pairwise;
@@ -367,6 +490,13 @@ struct BackwardProblem {
         gradient.unit = it.inverse, gradient.dx = p.dx ? dx : nullptr, gradient.dy = p.dy ? dy : nullptr;
         gradient.x_packed = columns_packed, gradient.y_packed = rows_packed, gradient.sums = it.s;
         if (points) gradient.prepare(team);
+        return points;
+    }
+
+    void through_costs(const Team& team) {
+        auto& it = adjoint;
+        auto& gradient = pairwise_gradient;
+        const bool points = prepare_gradient(team);
         T* product = my_product(team);
         team.for_each(it.blocks, [&](int64_t block) {
             tiles(block, [&](int64_t begin, int64_t end) {
@@ -423,16 +553,26 @@ struct BackwardProblem {
 
     // On memory that `carve` was given; every thread of the team calls it on its own copy of this object.
     void run(const Team& team) {
-        if (team.rank == 0) adjoint.start(p.a, p.b, steps);
+        if (team.rank == 0) {
+            adjoint.start(p.a, p.b, streaming ? 0 : steps);
+            if (streaming)
+                for (int64_t i = adjoint.n; i < adjoint.n_pad; ++i) adjoint.F[i] = -T(__builtin_huge_val());
+        }
         team.barrier();
         prepare(team);
         find_potentials(team);
+        if (streaming) keep_potentials(team);
+        T* const packed = transposed_packed;
+        if (streaming) transposed_packed = other_packed;
         through_side(team, side_y());
+        transposed_packed = packed;
         through_side(team, side_x());
         const Team iterating = adjoint.n * adjoint.m >= kShared ? team : team.alone();
-        if (iterating.size > 0) adjoint.run(iterating, steps);
+        if (iterating.size > 0 && streaming) stream.run(iterating, steps);
+        if (iterating.size > 0 && !streaming) adjoint.run(iterating, steps);
         team.barrier();
-        if (through_cost) through_costs(team);
+        if (through_cost && streaming) stream_costs(team);
+        if (through_cost && !streaming) through_costs(team);
         finish(team);
     }
 };

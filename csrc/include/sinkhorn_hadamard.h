@@ -41,8 +41,9 @@ struct SinkhornHadamardBackward {
     TensorView grad_transport_cost;
     // Outputs, preallocated.
     TensorView dx, dy, dcost_matrix, da, db, deps;
-    int num_threads = 1;     // CPU
-    void* stream = nullptr;  // CUDA
+    int64_t workspace_limit = int64_t{1} << 30;  // as in the forward
+    int num_threads = 1;                         // CPU
+    void* stream = nullptr;                      // CUDA
 };
 
 namespace cuda {

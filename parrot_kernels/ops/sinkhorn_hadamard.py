@@ -121,7 +121,7 @@ def sinkhorn_hadamard(
     Memory for the backward: the inputs and, if "unrolled", the potentials of each iteration, n_iters (N + M) numbers
     per problem. The backward of "implicit" solves a dense system of N + M unknowns in fp64.
 
-    On CPUs the forward keeps matrices of N M numbers up to `parrot_kernels.set_workspace_limit`.
+    On CPUs matrices of N M numbers are kept up to `parrot_kernels.set_workspace_limit` only.
 
     Under autocast nothing is cast: x and y must have one dtype, and half-precision inputs are computed in fp32 anyway.
     ``torch.compile(fullgraph=True)`` and ``torch.vmap`` work; ``torch.func.grad`` raises, as for all custom ops.
@@ -301,7 +301,8 @@ def _cpu_backward(*, gradient: str, **arguments: Any) -> None:
     if gradient == "implicit":  # one dense linear system in float64: LAPACK's work, by way of PyTorch
         _reference_backward(gradient=gradient, **arguments)
     else:
-        native.call_cpu("sinkhorn_hadamard_backward", gradient=gradient, **arguments)
+        limit = native.workspace_limit()
+        native.call_cpu("sinkhorn_hadamard_backward", gradient=gradient, workspace_limit=limit, **arguments)
 
 
 def _triton_backward(*, x: Tensor, y: Tensor, gradient: str, **arguments: Any) -> None:
