@@ -15,7 +15,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from parrot_kernels import native
-from parrot_kernels.ops.sinkhorn_hadamard import KERNELS, _why_not_cuda
+from parrot_kernels.ops.sinkhorn_kernels import KERNELS, why_not_cuda
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +195,8 @@ def test_the_launcher_speaks_the_binding(emulated, monkeypatch):
 def test_a_size_that_does_not_fit_is_a_reason(emulated, monkeypatch):
     monkeypatch.setattr(native, "extension", lambda: emulated)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    assert _why_not_cuda(torch.empty(1, 128, 3), torch.empty(1, 128, 3)) is None
-    assert "300 by 300 points take" in _why_not_cuda(torch.empty(1, 300, 3), torch.empty(1, 300, 3))
+    assert why_not_cuda(torch.empty(1, 128, 3), torch.empty(1, 128, 3)) is None
+    assert "300 by 300 points take" in why_not_cuda(torch.empty(1, 300, 3), torch.empty(1, 300, 3))
 
 
 def test_products_that_nobody_asked_for(emulated):

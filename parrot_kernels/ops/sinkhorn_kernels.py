@@ -1,0 +1,115 @@
+"""The launchers of Sinkhorn-Hadamard by backend, and which of them serves a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, native
+from ..reference import sinkhorn_hadamard as reference
+
+OP = "sinkhorn_hadamard"
+
+
+class Kernels(NamedTuple):
+    """A backend's launchers; keywords as in `reference.sinkhorn_hadamard`."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+def _in_full_precision(function: Callable[..., None]) -> Callable[..., None]:
+    """Autocast would reach the products inside."""
+
+    @functools.wraps(function)
+    def run(*, x: Tensor, **arguments: Any) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            function(x=x, **arguments)
+
+    return run
+
+
+def _with_products(launch: Callable[..., None]) -> Callable[..., None]:
+    """For kernels that always write the Hadamard products: a place for those that were not asked for."""
+
+    def run(*, x: Tensor, y: Tensor, x_hadamard: Tensor | None, y_hadamard: Tensor | None, **arguments: Any) -> None:
+        x_hadamard = torch.empty_like(arguments["y_to_x"]) if x_hadamard is None else x_hadamard
+        y_hadamard = torch.empty_like(arguments["x_to_y"]) if y_hadamard is None else y_hadamard
+        launch(x=x, y=y, x_hadamard=x_hadamard, y_hadamard=y_hadamard, **arguments)
+
+    return run
+
+
+def _triton_forward(*, x: Tensor, y: Tensor, **arguments: Any) -> None:
+    from ..triton_kernels import sinkhorn_hadamard, sinkhorn_streaming  # import triton, which may be absent
+
+    resident = sinkhorn_hadamard.why_not(x.shape[1], y.shape[1]) is None
+    run = _with_products(sinkhorn_hadamard.forward) if resident else sinkhorn_streaming.forward
+    run(x=x, y=y, **arguments)
+
+
+_reference_backward = _in_full_precision(reference.backward)
+
+
+def _cpu_forward(**arguments: Any) -> None:
+    native.call_cpu("sinkhorn_hadamard_forward", workspace_limit=native.workspace_limit(), **arguments)
+
+
+def _cpu_backward(*, gradient: str, **arguments: Any) -> None:
+    if gradient == "implicit":  # one dense linear system in float64: LAPACK's work, by way of PyTorch
+        _reference_backward(gradient=gradient, **arguments)
+    else:
+        limit = native.workspace_limit()
+        native.call_cpu("sinkhorn_hadamard_backward", gradient=gradient, workspace_limit=limit, **arguments)
+
+
+def _triton_backward(*, x: Tensor, y: Tensor, gradient: str, **arguments: Any) -> None:
+    from ..triton_kernels import sinkhorn_hadamard_backward, sinkhorn_streaming_backward
+
+    if gradient == "implicit":  # one dense linear system in float64, by way of PyTorch
+        run = _reference_backward
+    elif sinkhorn_hadamard_backward.why_not(x.shape[1], y.shape[1]) is None:
+        run = sinkhorn_hadamard_backward.backward
+    else:
+        run = sinkhorn_streaming_backward.backward
+    run(x=x, y=y, gradient=gradient, **arguments)
+
+
+def _cuda_forward(*, x: Tensor, **arguments: Any) -> None:
+    native.call_cuda("sinkhorn_hadamard_forward_cuda", x.device, x=x, **arguments)
+
+
+def why_not_cuda(x: Tensor, y: Tensor) -> str | None:
+    """None if the shared memory of a block holds such a problem, else the reason."""
+    extension = native.extension()
+    with torch.cuda.device(x.device):
+        limit = extension.shared_memory_limit()
+    N, M = x.shape[1], y.shape[1]
+    needed = extension.sinkhorn_hadamard_shared_memory(N=N, M=M, wide=x.dtype == torch.float64)
+    if needed <= limit:
+        return None
+    return (
+        f"the cuda kernel keeps a problem in the shared memory of a block: {N} by {M} points take {needed} bytes, "
+        f"this device has {limit}"
+    )
+
+
+KERNELS = {
+    "torch": Kernels(_in_full_precision(reference.forward), _reference_backward),
+    "cpu": Kernels(_cpu_forward, _cpu_backward),
+    "cuda": Kernels(_cuda_forward, _reference_backward),
+    "triton": Kernels(_triton_forward, _triton_backward),
+}
+
+
+def choose_backend(x: Tensor, y: Tensor, backend: str | None) -> str:
+    """`backends.select` for these points."""
+    device, unsupported = x.device.type, {}
+    cuda_serves = device == "cuda" and backends.why_not(OP, "cuda", device, x.dtype) is None
+    if cuda_serves and (why := why_not_cuda(x, y)) is not None:
+        unsupported["cuda"] = why
+    return backends.select(OP, device, x.dtype, backend, unsupported)
