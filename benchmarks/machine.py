@@ -33,12 +33,15 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit measured; ``-dirty`` where tracked files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "unknown"
+    """The commit measured; ``-dirty`` where tracked files but for results differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return f"{head}-dirty" if changed else head or "unknown"
 
 
 def versions(*distributions: str) -> dict[str, str]:
