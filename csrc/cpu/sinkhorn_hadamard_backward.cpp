@@ -524,18 +524,18 @@ struct BackwardProblem {
     T deps() const {
         const auto& it = adjoint;
         if (!unroll) return 0;
-        T through_plan = 0, through_c = 0, damping_x = 0, damping_y = 0;
+        double through_plan = 0, through_c = 0, damping_x = 0, damping_y = 0;  // sums that cancel
         for (int64_t i = 0; i < it.n; ++i) {
             if (p.grad_transport_cost) through_plan += spent[i];
             through_c += eps_rows[i];
             damping_x += it.row_damping[i];
         }
         for (int64_t j = 0; j < it.m; ++j) damping_y += it.column_damping[j];
-        T sum = deps_of_potentials + (grad_cost * through_plan - through_c / it.eps);
+        double sum = deps_of_potentials + (grad_cost * through_plan - through_c / it.eps);
         // The derivative of rho / (rho + eps).
-        if (!it.balanced_x) sum -= damping_x * it.damp_x / (T(p.rho_x) + it.eps);
-        if (!it.balanced_y) sum -= damping_y * it.damp_y / (T(p.rho_y) + it.eps);
-        return sum;
+        if (!it.balanced_x) sum -= damping_x * it.damp_x / (p.rho_x + it.eps);
+        if (!it.balanced_y) sum -= damping_y * it.damp_y / (p.rho_y + it.eps);
+        return static_cast<T>(sum);
     }
 
     void finish(const Team& team) {
