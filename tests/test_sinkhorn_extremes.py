@@ -9,6 +9,8 @@ import torch
 from sinkhorn_cases import cotangents, everywhere, op, problem, to, with_gradients
 from tolerances import assert_close
 
+from parrot_kernels import backends, sinkhorn_hadamard
+
 FP32 = torch.float32
 GRADIENTS = ("unrolled", "implicit", "detached")
 SIZES = (2, 5, 6, 3)
@@ -84,3 +86,21 @@ def test_plan_has_the_marginal_of_y_for_any_eps():
         arguments = problem("weights", SIZES, FP32) | {"eps": eps}
         out = op(**arguments, backend="torch")
         assert_close(out["plan"].sum(1), arguments["b"], "sinkhorn", f"eps {eps}")
+
+
+def test_cosine_of_one_feature_has_no_gradient():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(20, n, 1, generator=generator, requires_grad=True) for n in (1, 2))
+    out = sinkhorn_hadamard(x, y, cost="cosine", eps=0.01, n_iters=5)
+    for gradient in torch.autograd.grad(out.cost.sum(), (x, y)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_the_cost_stays_finite_where_a_point_without_weight_is_nearest():
+    x, y = torch.zeros(1, 2, 40), torch.full((1, 48, 40), 9.0)
+    x[0, 1] = 8.0
+    a = torch.tensor([[1.0, 0.0]])
+    for backend in ("cpu", "torch"):
+        if backends.why_not("sinkhorn_hadamard", backend, "cpu", FP32) is None:
+            out = sinkhorn_hadamard(x, y, a=a, cost="sqeuclidean", cost_scale=0.7, eps=0.01, n_iters=2, backend=backend)
+            assert torch.isfinite(out.cost).all()

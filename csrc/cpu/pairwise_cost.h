@@ -66,8 +66,8 @@ struct PairwiseCost {
         const T norm = sum_lanes<T>(squares);
         norms[i] = cosine ? T(0.5) : norm;
         if (cosine && norm > 0) {
-            const T length = T(1) / __builtin_sqrt(norm);
-            for (int64_t d = 0; d < feature_stride; d += kLanes<T>) store(out + d, load(out + d) * length);
+            const T length = __builtin_sqrt(norm);  // a division, so that vectors of one feature become 1 or -1
+            for (int64_t d = 0; d < feature_stride; d += kLanes<T>) store(out + d, load(out + d) / length);
         }
     }
 

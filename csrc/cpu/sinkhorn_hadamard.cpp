@@ -198,8 +198,8 @@ struct ForwardProblem {
             const T h = it.a[i] * u[i];
             Vec<T> row_cost{};
             for (int64_t j = 0; j < it.m_pad; j += L)
-                row_cost += load(it.kernel.at(i, j)) * load(it.w + j) * load(it.cost.at(i, j));
-            spent += row_cost * h;
+                row_cost += load(it.kernel.at(i, j)) * h * load(it.w + j) * load(it.cost.at(i, j));
+            spent += row_cost;
             write_projection(p.y_to_x, p.x_hadamard, i, product, u[i], x + i * feature_stride);
             if (!p.plan) continue;
             T values[L];
@@ -250,9 +250,9 @@ struct ForwardProblem {
             for (int64_t j = 0; j < it.m_pad; j += L) {
                 const Vec<T> entry = load(kernel.at(i - begin, j)) * load(it.v + j);
                 store(kernel.at(i - begin, j), entry);
-                row_cost += entry * load(cost.at(i - begin, j));
+                row_cost += entry * it.a[i] * load(cost.at(i - begin, j));
             }
-            spent += it.a[i] * sum_lanes<T>(row_cost);
+            spent += sum_lanes<T>(row_cost);
         }
         tile_parts[tile] = spent;
         matmul<T>(end - begin, it.m, {kernel.first, L, L * it.m_pad, 1, L * L}, y_packed, feature_stride / L,
