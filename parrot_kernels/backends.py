@@ -20,6 +20,8 @@ NAMES = ("cpu", "cuda", "triton", "torch")
 
 # The first usable backend serves. Without device measurements Triton comes before CUDA C++.
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+# Except where an op's Triton kernel borrows the reference's backward.
+PREFERENCE_OF = {("selective_scan", "cuda"): ("cuda", "triton", "torch")}
 
 
 # What is implemented beside `torch`, which serves every op, dtype and option: op -> backend -> dtypes.
@@ -111,7 +113,7 @@ def select(
                 f"{op}: backend={requested!r} can't serve this call: {why}. Leave `backend` out to let one be chosen."
             )
         return requested
-    preference = PREFERENCE.get(device_type, ("torch",))
+    preference = PREFERENCE_OF.get((op, device_type)) or PREFERENCE.get(device_type, ("torch",))
     reasons = {}
     for backend in preference:
         if (why := reason(backend)) is None:

@@ -97,3 +97,9 @@ class TestTensorCheck:
         checks.lengths_in_range("op", "lengths", torch.tensor([0, 5]), 5)
         with pytest.raises(ValueError, match="between 0 and 5; got values from -1 to 6"):
             checks.lengths_in_range("op", "lengths", torch.tensor([-1, 6]), 5)
+
+
+def test_a_scan_on_a_gpu_goes_to_the_kernels_with_a_backward(monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    assert backends.select("selective_scan", "cuda", torch.float32) == "cuda"
+    assert backends.select("sinkhorn_hadamard", "cuda", torch.float32) == "triton"
