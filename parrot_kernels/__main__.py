@@ -78,7 +78,7 @@ def main() -> int:
             if device == "cuda" and not torch.cuda.is_available():
                 continue
             first = next(
-                b for b in backends.PREFERENCE[device] if backends.why_not(op, b, device, torch.float32) is None
+                b for b in backends.preferred(op, device) if backends.why_not(op, b, device, torch.float32) is None
             )
             print(f"  {op} on {device}: {first}")
     return 0

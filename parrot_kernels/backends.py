@@ -44,6 +44,11 @@ IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
 }
 
 
+def preferred(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends of ``op`` on such a device, the first choice first."""
+    return PREFERENCE_OF.get((op, device_type)) or PREFERENCE.get(device_type, ("torch",))
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -113,7 +118,7 @@ def select(
                 f"{op}: backend={requested!r} can't serve this call: {why}. Leave `backend` out to let one be chosen."
             )
         return requested
-    preference = PREFERENCE_OF.get((op, device_type)) or PREFERENCE.get(device_type, ("torch",))
+    preference = preferred(op, device_type)
     reasons = {}
     for backend in preference:
         if (why := reason(backend)) is None:
