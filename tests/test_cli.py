@@ -179,7 +179,7 @@ def test_interruption_is_no_error(monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("parrot.cli._training_config", interrupt)
+    monkeypatch.setattr("parrot.commands.demo.training_config", interrupt)
     assert main(["demo"]) == 130
     assert "run the command again to go on" in capsys.readouterr().err
 

@@ -1,0 +1,142 @@
+"""Features, folds, training, report, model: what ``parrot demo`` and ``parrot train`` share."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import load_encoders
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from parrot.corpora import Corpus
+    from parrot.encoders import Encoder
+    from parrot.evaluation import CrossValidation
+    from parrot.report import EncoderFacts, Experiment
+    from parrot.training import TrainingConfig
+
+MODEL_FORMAT = 1
+
+
+def run_experiment(
+    corpus: Corpus, args: argparse.Namespace, config: TrainingConfig, *, synthetic: bool, started: float
+) -> None:
+    """Features, folds, training, report, model: what demo and train share."""
+    from parrot import evaluation, report
+    from parrot.corpora.splits import assert_no_leakage, speaker_folds
+
+    if len(args.encoders) > 2:
+        raise ValueError(f"--encoders must be one or two; got {len(args.encoders)}.")
+    encoders = load_encoders(args.encoders, args.download, args.device)
+    dims = [encoder.embedding_dim for encoder in encoders]
+    systems = _systems(args.systems, dims, len(corpus.labels))
+    final = args.final or ("parrot" if "parrot" in systems else systems[-1])
+    if final not in systems:
+        raise ValueError(f"--final must be one of the systems trained ({', '.join(systems)}); got {final!r}.")
+    speaker_folds(corpus.speakers, args.folds)  # says at once if there are too few speakers
+
+    rows, features, failures = _embed_corpus(corpus, encoders, args.cache)
+    speakers = [corpus.speakers[row] for row in rows]
+    labels = corpus.targets[rows]
+    folds = speaker_folds(speakers, args.folds, args.seed)
+    for fold in folds:
+        assert_no_leakage(fold, speakers)
+    results = evaluation.cross_validate(
+        systems, features, labels, folds, corpus.labels, config=config, seed=args.seed, workers=args.workers,
+        store=args.output / "results",
+    )  # fmt: skip
+    experiment = report.Experiment(
+        "the spoken demo corpus" if synthetic else corpus.name, len(rows), len(set(speakers)), synthetic,
+        _encoder_facts(args.encoders, encoders), failures,
+    )  # fmt: skip
+    path = report.write(results, args.output, experiment)
+    model = evaluation.train_final(
+        final, features, labels, evaluation.final_fold(speakers, args.folds, args.seed), corpus.labels,
+        args.output / "model", {"format": MODEL_FORMAT, **_origin(experiment)}, config=config, seed=args.seed,
+    )  # fmt: skip
+    _print_table(results, experiment)
+    total = sum(len(folds) for folds in results.systems.values())
+    print(
+        f"Trained  {total - results.reused} runs, reused {results.reused}; {time.perf_counter() - started:.0f} s in all"
+    )
+    print(f"Report   {path}")
+    print(f"Model    {model} ({experiment.title(final)}, trained on all speakers)")
+
+
+def _encoder_facts(specs: Sequence[str], encoders: Sequence[Encoder]) -> tuple[EncoderFacts, ...]:
+    from parrot.report import EncoderFacts
+
+    return tuple(
+        EncoderFacts(spec, encoder.name, encoder.embedding_dim, encoder.fingerprint, random=spec.endswith("-demo"))
+        for spec, encoder in zip(specs, encoders, strict=True)
+    )
+
+
+def _systems(names: Sequence[str] | None, dims: Sequence[int], n_classes: int) -> list[str]:
+    """The systems to train, each known to build."""
+    import torch
+
+    from parrot import model
+
+    if names is None:
+        names = model.SYSTEMS if len(dims) == 2 else ("fcn-0", "cnn-0")
+    with torch.device("meta"):
+        for name in names:
+            model.build(name, dims, n_classes)
+    return list(dict.fromkeys(names))
+
+
+def _embed_corpus(
+    corpus: Corpus, encoders: Sequence[Encoder], cache: Path
+) -> tuple[np.ndarray, list[np.ndarray], tuple[tuple[str, str], ...]]:
+    """The utterances that all encoders could embed, their features, and (file name, reason) of the others."""
+    import numpy as np
+
+    from parrot import features
+
+    tables = [features.extract(corpus, encoder, cache) for encoder in encoders]
+    rows = tables[0].indices
+    for table in tables[1:]:
+        rows = np.intersect1d(rows, table.indices)
+    failures = {str(path.name): reason for table in tables for path, reason in table.failures}
+    return rows, [t.values[np.searchsorted(t.indices, rows)] for t in tables], tuple(sorted(failures.items()))
+
+
+def _origin(experiment: Experiment) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "corpus": experiment.corpus,
+        "synthetic": experiment.synthetic,
+        "encoders": [asdict(encoder) for encoder in experiment.encoders],
+    }
+
+
+def _print_table(results: CrossValidation, experiment: Experiment) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from parrot import report
+
+    table = Table()
+    table.add_column("system")
+    for title in report.METRIC_TITLES.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for system, entry in results.summary().items():
+        style = "bold" if system == "parrot" else None
+        table.add_row(experiment.title(system), *(report.percent(entry[m]) for m in report.METRIC_TITLES), style=style)
+    notes = []
+    if experiment.synthetic:
+        notes.append("The corpus is synthetic: the figures show that everything works, no more.")
+    if any(encoder.random for encoder in experiment.encoders):
+        notes.append("The encoders are random, not pretrained.")
+    print(
+        f"\n{experiment.utterances} utterances of {experiment.speakers} speakers, {len(results.fold_sizes)} "
+        f"speaker-disjoint folds; per cent, mean ± deviation over folds; chance is {100 * report.chance(results):.1f}"
+    )
+    Console().print(table)
+    print("\n".join(notes) + "\n" if notes else "")
