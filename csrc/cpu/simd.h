@@ -73,7 +73,7 @@ PARROT_INLINE void store(T* p, Vec<T> v) {
 
 template <typename T>
 PARROT_INLINE Vec<T> broadcast(T value) {
-    return Vec<T>{} + value;
+    return value - Vec<T>{};  // unlike a sum with 0, exactly `value`, so that it compiles to one load
 }
 
 template <typename To, typename From>
