@@ -54,20 +54,25 @@ def tensor(
         raise error(
             op, argument, f"on {like.device}, as the first input", value.device, f'Move it with .to("{like.device}").'
         )
-    if shape is not None:
-        sizes = {} if sizes is None else sizes
-        wanted = [sizes.get(s, s) if isinstance(s, str) else s for s in shape]
-        fits = value.dim() == len(shape) and all(
-            isinstance(w, str) or g == w for g, w in zip(value.shape, wanted, strict=True)
-        )
-        if not fits:
-            names = ", ".join(str(s) for s in shape)
-            known = {s: sizes[s] for s in shape if isinstance(s, str) and s in sizes}
-            where = " with " + ", ".join(f"{k} = {v}" for k, v in known.items()) if known else ""
-            raise error(op, argument, f"of shape ({names}){where}", tuple(value.shape))
-        for name, size in zip(shape, value.shape, strict=True):
-            if isinstance(name, str):
-                sizes[name] = size
+    if shape is not None and not _fits(value, shape, {} if sizes is None else sizes):
+        names = ", ".join(str(s) for s in shape)
+        known = {s: sizes[s] for s in shape if isinstance(s, str) and s in sizes} if sizes else {}
+        where = " with " + ", ".join(f"{k} = {v}" for k, v in known.items()) if known else ""
+        raise error(op, argument, f"of shape ({names}){where}", tuple(value.shape))
+
+
+def _fits(value: Tensor, shape: Sequence[int | str], sizes: dict[str, int]) -> bool:
+    """Whether ``value`` has this shape; if so, stores the dimensions met for the first time in ``sizes``."""
+    if len(value.shape) != len(shape):
+        return False
+    found = {}
+    for wanted, got in zip(shape, value.shape, strict=True):
+        if isinstance(wanted, str):
+            wanted = sizes.get(wanted, found.setdefault(wanted, got))
+        if wanted != got:
+            return False
+    sizes.update(found)
+    return True
 
 
 def choice(op: str, argument: str, value: object, options: Sequence[object]) -> None:

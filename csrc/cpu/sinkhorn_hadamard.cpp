@@ -2,8 +2,7 @@
 // too large to be kept) and projections of each problem of a batch.
 #include "sinkhorn_hadamard.h"
 
-#include <stdexcept>
-
+#include "batch.h"
 #include "dispatch.h"
 #include "sinkhorn_streaming.h"
 
@@ -13,7 +12,6 @@ namespace {
 
 constexpr double kConverged = 1e-3;  // error that counts as converged when no tolerance is asked for
 constexpr double kLeastScale = 1e-8;
-constexpr int64_t kShared = 40000;  // costs of a problem from which threads share its iteration
 
 template <typename T>
 struct ForwardProblem {
@@ -342,58 +340,9 @@ struct ForwardProblem {
 
 template <typename T>
 void forward(const SinkhornHadamardForward& p) {
-    const int64_t batch = p.x.size[0];
-    if (batch == 0) return;
-    bool out_of_memory = false;
-    // Whole problems to threads where there are enough of them; else threads share each problem. Either way gives
-    // the same bits.
-    const int threads = p.num_threads;
-    const double work = double(p.x.size[1]) * double(p.y.size[1]) * (p.n_iters + p.x.size[2]);
-    const bool tiny = work * double(batch) < 1e6;
-    const bool together = p.x.size[1] * p.y.size[1] >= kShared;
-    const bool share = !tiny && (work > 1e9 || threads_share(threads, batch, together));
-    if (share) {
-        for (int64_t index = 0; index < batch && !out_of_memory; ++index) {
-            ForwardProblem<T> problem(p, index);
-            const size_t bytes = problem.carve(nullptr, threads);
-            if (problem.empty()) {
-                problem.write_empty();
-                continue;
-            }
-            char* memory = thread_arena().reserve(bytes);
-            out_of_memory = memory == nullptr;
-            if (out_of_memory) break;
-            run_team(threads, [&](const Team& team) {
-                ForwardProblem<T> mine(p, index);
-                mine.carve(memory, threads);
-                mine.run(team);
-            });
-        }
-        thread_arena().trim();
-    } else {
-        const int used = tiny ? 1 : static_cast<int>(batch < threads ? batch : threads);
-#pragma omp parallel num_threads(used) if (used > 1)
-        {
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t index = 0; index < batch; ++index) {
-                ForwardProblem<T> problem(p, index);
-                const size_t bytes = problem.carve(nullptr, 1);
-                if (problem.empty()) {
-                    problem.write_empty();
-                    continue;
-                }
-                char* memory = thread_arena().reserve(bytes);
-                if (!memory) {
-                    __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
-                    continue;
-                }
-                problem.carve(memory, 1);
-                problem.run(Team{});
-            }
-            thread_arena().trim();
-        }
-    }
-    if (out_of_memory) throw std::runtime_error("sinkhorn_hadamard (cpu): out of memory for the kernel matrix");
+    const int64_t costs = p.x.size[1] * p.y.size[1];
+    const double work = double(costs) * double(p.n_iters + p.x.size[2]);
+    run_batch<ForwardProblem<T>>(p, {p.x.size[0], work, 1e9, costs}, "sinkhorn_hadamard");
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Gradients of Sinkhorn-Hadamard on the CPU: through the projections, the iteration (sinkhorn_adjoint.h) and the cost
 // (pairwise_gradient.h) of each problem of a batch.
-#include <stdexcept>
-
+#include "batch.h"
 #include "dispatch.h"
 #include "pairwise_gradient.h"
 #include "sinkhorn_streaming_backward.h"
@@ -9,8 +8,6 @@
 namespace parrot {
 namespace PARROT_ISA {
 namespace {
-
-constexpr int64_t kShared = 40000;  // costs of a problem from which threads share its iteration
 
 template <typename T>
 struct BackwardProblem {
@@ -579,58 +576,9 @@ struct BackwardProblem {
 
 template <typename T>
 void backward(const SinkhornHadamardBackward& p) {
-    const int64_t batch = p.x.size[0];
-    if (batch == 0) return;
-    bool out_of_memory = false;
-    // As in the forward: whole problems to threads where there are enough of them, else threads share each problem.
-    const int threads = p.num_threads;
-    const double iterations = p.f_history ? double(p.f_history.size[1]) : 0;
-    const double work = double(p.x.size[1]) * double(p.y.size[1]) * (2 * iterations + 4 * double(p.x.size[2]));
-    const bool tiny = work * double(batch) < 1e6;
-    const bool together = p.x.size[1] * p.y.size[1] >= kShared;
-    const bool share = !tiny && (work > 2e9 || threads_share(threads, batch, together));
-    if (share) {
-        for (int64_t index = 0; index < batch && !out_of_memory; ++index) {
-            BackwardProblem<T> problem(p, index);
-            const size_t bytes = problem.carve(nullptr, threads);
-            if (problem.empty()) {
-                problem.write_empty();
-                continue;
-            }
-            char* memory = thread_arena().reserve(bytes);
-            out_of_memory = memory == nullptr;
-            if (out_of_memory) break;
-            run_team(threads, [&](const Team& team) {
-                BackwardProblem<T> mine(p, index);
-                mine.carve(memory, threads);
-                mine.run(team);
-            });
-        }
-        thread_arena().trim();
-    } else {
-        const int used = tiny ? 1 : static_cast<int>(batch < threads ? batch : threads);
-#pragma omp parallel num_threads(used) if (used > 1)
-        {
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t index = 0; index < batch; ++index) {
-                BackwardProblem<T> problem(p, index);
-                const size_t bytes = problem.carve(nullptr, 1);
-                if (problem.empty()) {
-                    problem.write_empty();
-                    continue;
-                }
-                char* memory = thread_arena().reserve(bytes);
-                if (!memory) {
-                    __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
-                    continue;
-                }
-                problem.carve(memory, 1);
-                problem.run(Team{});
-            }
-            thread_arena().trim();
-        }
-    }
-    if (out_of_memory) throw std::runtime_error("sinkhorn_hadamard (cpu): out of memory for the kernel matrix");
+    const int64_t costs = p.x.size[1] * p.y.size[1], iterations = p.f_history ? p.f_history.size[1] : 0;
+    const double work = double(costs) * double(2 * iterations + 4 * p.x.size[2]);
+    run_batch<BackwardProblem<T>>(p, {p.x.size[0], work, 2e9, costs}, "sinkhorn_hadamard");
 }
 
 }  // namespace

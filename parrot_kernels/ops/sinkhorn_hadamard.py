@@ -298,7 +298,7 @@ def check_values(x, y, a, b, x_lengths, y_lengths, eps) -> None:
     """Read from CPU tensors only: elsewhere this would synchronise."""
     if x.device.type != "cpu" or x.shape[0] == 0:
         return
-    low, high = (t.item() for t in torch.aminmax(eps))
+    low, high = (eps.item(),) * 2 if len(eps) == 1 else (t.item() for t in torch.aminmax(eps))
     if not (low > 0 and high < math.inf):
         raise checks.error(OP, "eps", "positive and finite", f"values from {low} to {high}")
     for side, points, weights, lengths in (("x", x, a, x_lengths), ("y", y, b, y_lengths)):
@@ -331,7 +331,7 @@ def launch_forward(
         tol=options.tol,
         rho_x=options.rho_x,
         rho_y=options.rho_y,
-        **{name: tensor if tensor.numel() else None for name, tensor in out._asdict().items()},
+        **{name: tensor if tensor.numel() else None for name, tensor in zip(_Forward._fields, out, strict=True)},
     )
 
 
