@@ -59,7 +59,7 @@ def causal_conv1d(
         x: the last w-1 inputs in scan order, the oldest first, with zeros in place of those of another sequence.
 
     Gradients reach x, weight, bias and initial_state, from both outputs. Memory kept for the backward: the inputs.
-    Differentiating twice raises RuntimeError.
+    Differentiating twice or forward raises RuntimeError.
 
     Raises:
         ValueError: a shape, a device, the activation, or a length out of range.
@@ -315,7 +315,18 @@ def _no_double_backward(ctx, *_):
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _backward.register_autograd(_no_double_backward)
+_vmap = eager.looping(lambda *arguments: _run_forward(*arguments))
+_vmap_backward = eager.looping(lambda *arguments: _run_backward(*arguments))
+_forward.register_vmap(_vmap)
+_backward.register_vmap(_vmap_backward)
 _run_forward = eager.shortcut(
-    _forward, _compute_forward, eager.differentiable(_compute_forward, _setup_context, _autograd)
+    _forward,
+    _compute_forward,
+    eager.differentiable(_compute_forward, _setup_context, _autograd),
+    eager.transformable(_forward, _setup_context, _autograd, _vmap),
 )
-_run_backward = eager.shortcut(_backward, _compute_backward)
+_run_backward = eager.shortcut(
+    _backward,
+    _compute_backward,
+    transformable=eager.transformable(_backward, eager.keep_nothing, _no_double_backward, _vmap_backward),
+)

@@ -177,29 +177,26 @@ def _no_double_backward(ctx, *_):
 
 
 def _call(*arguments: Any) -> tuple[Tensor, ...]:
-    """The forward op, told whether a backward may follow; only outside vmap do tensors show that."""
+    """The forward op, told whether a backward may follow: of torch.func's levels, only some show that."""
     *inputs, cost, gradient, backend, numbers, parts = arguments
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    keep = numbers[-1] or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
     return _run_forward(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)], parts)
 
 
-def _vmap(info, in_dims, *arguments):
-    """Fold the mapped dimension into the batch."""
-    size = info.batch_size
-
-    def fold(value, dim):
-        if not isinstance(value, Tensor):
-            return value
-        return (value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)).flatten(0, 1)
-
-    out = _call(*(fold(*pair) for pair in zip(arguments, in_dims, strict=True)))
-    return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in out), (0,) * len(out)
-
-
+_vmap = eager.folding(_call)
+_vmap_backward = eager.folding(lambda *arguments: _run_backward(*arguments))
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _forward.register_vmap(_vmap)
 _backward.register_autograd(_no_double_backward)
+_backward.register_vmap(_vmap_backward)
 _run_forward = eager.shortcut(
-    _forward, _compute_forward, eager.differentiable(_compute_forward, _setup_context, _autograd)
+    _forward,
+    _compute_forward,
+    eager.differentiable(_compute_forward, _setup_context, _autograd),
+    eager.transformable(_forward, _setup_context, _autograd, _vmap),
 )
-_run_backward = eager.shortcut(_backward, _compute_backward)
+_run_backward = eager.shortcut(
+    _backward,
+    _compute_backward,
+    transformable=eager.transformable(_backward, eager.keep_nothing, _no_double_backward, _vmap_backward),
+)

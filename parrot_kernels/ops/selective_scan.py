@@ -71,7 +71,7 @@ def selective_scan(
         dtype, so that a sequence can be run in pieces.
 
     Gradients reach every floating input, from both outputs. Memory kept for the backward: the inputs and n / 32 of
-    the size of u in the compute dtype. Differentiating twice raises RuntimeError.
+    the size of u in the compute dtype. Differentiating twice or forward raises RuntimeError.
 
     Raises:
         ValueError: a shape, a device, or a length out of range.
@@ -83,11 +83,8 @@ def selective_scan(
     A, D, delta_bias, initial_state = (_cast(t, dtype) for t in (A, D, delta_bias, initial_state))
     B, C = (_cast(t, dtype) if t.dim() == 2 else t for t in (B, C))
     lengths, seq_idx = _cast(lengths, torch.int32), _cast(seq_idx, torch.int32)
-    differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    out, final_state, _ = _run_forward(
-        u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state, delta_softplus, reverse, keep, backend
-    )
+    inputs = (u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state)
+    out, final_state, _ = _call(*inputs, delta_softplus, reverse, False, backend)
     return (out, final_state) if return_final_state else out
 
 
@@ -450,9 +447,27 @@ def _no_double_backward(ctx, *_):
     )
 
 
+def _call(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op, told whether a backward may follow: of torch.func's levels, only some show that."""
+    *inputs, delta_softplus, reverse, keep, backend = arguments
+    keep = keep or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
+    return _run_forward(*inputs, delta_softplus, reverse, keep, backend)
+
+
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _backward.register_autograd(_no_double_backward)
+_vmap = eager.looping(_call)
+_vmap_backward = eager.looping(lambda *arguments: _run_backward(*arguments))
+_forward.register_vmap(_vmap)
+_backward.register_vmap(_vmap_backward)
 _run_forward = eager.shortcut(
-    _forward, _compute_forward, eager.differentiable(_compute_forward, _setup_context, _autograd)
+    _forward,
+    _compute_forward,
+    eager.differentiable(_compute_forward, _setup_context, _autograd),
+    eager.transformable(_forward, _setup_context, _autograd, _vmap),
 )
-_run_backward = eager.shortcut(_backward, _compute_backward)
+_run_backward = eager.shortcut(
+    _backward,
+    _compute_backward,
+    transformable=eager.transformable(_backward, eager.keep_nothing, _no_double_backward, _vmap_backward),
+)

@@ -122,7 +122,8 @@ def sinkhorn_hadamard(
     On CPUs matrices of N M numbers are kept up to `parrot_kernels.set_workspace_limit` only.
 
     Under autocast nothing is cast: x and y must have one dtype, and half-precision inputs are computed in fp32 anyway.
-    ``torch.compile(fullgraph=True)`` and ``torch.vmap`` work; ``torch.func.grad`` raises, as for all custom ops.
+    ``torch.compile(fullgraph=True)``, ``torch.vmap``, ``torch.func.grad`` and checkpointing work; forward-mode
+    differentiation raises RuntimeError.
     Values (lengths, weights, eps) are checked on CPU tensors only, where reading them does not stall a device. A NaN
     or infinity among the valid inputs reaches the outputs of its own problem only.
 
@@ -436,7 +437,8 @@ def _autograd(ctx, *gradients):
     if gradient == "detached":
         a = b = eps = False
     needed = [x, y, a, b, cost_matrix, eps]
-    inputs, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    tensors = ctx.saved_tensors  # once: checkpointing hands them out once
+    inputs, saved = tensors[:8], tensors[8:]
     gradients = [None if t is None or t.numel() == 0 else t for t in gradients[: len(DIFFERENTIABLE)]]
     results = _run_backward(gradients, *inputs, list(saved), *ctx.options, needed)
     x, y, a, b, cost_matrix, eps = (t if need else None for t, need in zip(results, needed, strict=True))
@@ -451,29 +453,26 @@ def _no_double_backward(ctx, *_):
 
 
 def _call(*arguments: Any) -> _Forward:
-    """The forward op, told whether a backward may follow; only outside vmap do tensors show that."""
+    """The forward op, told whether a backward may follow: of torch.func's levels, only some show that."""
     *inputs, cost, gradient, backend, numbers = arguments
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    keep = numbers[-1] or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
     return _Forward._make(_run_forward(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)]))
 
 
-def _vmap(info, in_dims, *arguments):
-    """Fold the mapped dimension into the batch, which every tensor has in front."""
-    size = info.batch_size
-
-    def fold(value, dim):
-        if not isinstance(value, Tensor):
-            return value
-        return (value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)).flatten(0, 1)
-
-    out = _call(*(fold(*pair) for pair in zip(arguments, in_dims, strict=True)))
-    return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in out), (0,) * len(out)
-
-
+_vmap = eager.folding(_call)
+_vmap_backward = eager.folding(lambda *arguments: _run_backward(*arguments))
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _forward.register_vmap(_vmap)
 _backward.register_autograd(_no_double_backward)
+_backward.register_vmap(_vmap_backward)
 _run_forward = eager.shortcut(
-    _forward, _compute_forward, eager.differentiable(_compute_forward, _setup_context, _autograd)
+    _forward,
+    _compute_forward,
+    eager.differentiable(_compute_forward, _setup_context, _autograd),
+    eager.transformable(_forward, _setup_context, _autograd, _vmap),
 )
-_run_backward = eager.shortcut(_backward, compute_backward)
+_run_backward = eager.shortcut(
+    _backward,
+    compute_backward,
+    transformable=eager.transformable(_backward, eager.keep_nothing, _no_double_backward, _vmap_backward),
+)
