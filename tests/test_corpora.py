@@ -166,7 +166,7 @@ class TestCremaD:
             assert f"{name}: {problem}" in str(info.value)
 
     def test_long_lists_are_cut_in_the_message_only(self, tmp_path):
-        make_tree(tmp_path, [f"x{i}.wav" for i in range(50)])
+        make_tree(tmp_path, ["1001_DFA_NEU_XX.wav", *(f"x{i}.wav" for i in range(50))])
         with pytest.raises(CorpusError, match="and 30 more") as info:
             crema_d.read(tmp_path)
         assert len(info.value.problems) == 50
@@ -190,6 +190,8 @@ class TestCorpus:
             Corpus("mine", Path("."), (), ("anger",))
 
     def test_unknown_name(self, tmp_path):
-        with pytest.raises(ValueError, match="name must be one of crema-d, demo, got 'cremad'"):
+        with pytest.raises(ValueError, match=r"name must be one of crema-d, emo-db, .*, demo, got 'cremad'"):
             corpora.load("cremad", tmp_path)
-        assert corpora.available() == ("crema-d", "demo")
+        assert set(corpora.available()) == {
+            "crema-d", "emo-db", "mesd", "ravdess", "iemocap", "emobox", "manifest", "demo",
+        }  # fmt: skip

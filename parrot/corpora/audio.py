@@ -13,10 +13,10 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class AudioError(ValueError):
-    """A recording can't be used; ``reason`` says why."""
+    """A recording can't be used; ``reason`` says why, ``kind`` in a word or two."""
 
-    def __init__(self, path: str | os.PathLike, reason: str):
-        self.path, self.reason = Path(path), reason
+    def __init__(self, path: str | os.PathLike, reason: str, kind: str = "unreadable"):
+        self.path, self.reason, self.kind = Path(path), reason, kind
         super().__init__(f"{path}: {reason}")
 
 
@@ -35,8 +35,8 @@ def load_waveform(path: str | os.PathLike, sample_rate: int, min_samples: int = 
         Samples (n,) float32, n >= ``min_samples``.
 
     Raises:
-        AudioError: the file is missing, unreadable, a Git LFS pointer, empty, silent, too short, or holds
-            values that are not finite.
+        AudioError: the file is missing, unreadable, a Git LFS pointer, truncated, empty, silent, too short,
+            or holds values that are not finite.
     """
     return decode_waveform(read_audio_file(path), path, sample_rate, min_samples)
 
@@ -46,7 +46,7 @@ def read_audio_file(path: str | os.PathLike) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise AudioError(path, "no such file") from None
+        raise AudioError(path, "no such file", "missing") from None
     except OSError as error:
         raise AudioError(path, f"unreadable: {error.strerror or error}") from None
 
@@ -56,25 +56,46 @@ def decode_waveform(data: bytes, path: str | os.PathLike, sample_rate: int, min_
     import soundfile
 
     if not data:
-        raise AudioError(path, "empty file (0 bytes)")
+        raise AudioError(path, "empty file (0 bytes)", "empty")
     if data.startswith(_LFS_POINTER):
-        raise AudioError(path, "a Git LFS pointer, not the recording: run 'git lfs pull' in the corpus folder")
+        raise AudioError(
+            path, "a Git LFS pointer, not the recording: run 'git lfs pull' in the corpus folder", "LFS pointer"
+        )
+    lost = _missing_wav_bytes(data)
+    if lost:
+        raise AudioError(path, f"truncated: {lost} bytes fewer than its header says", "truncated")
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(path, f"not a readable audio file: {error.error_string}") from None
     samples = samples.mean(axis=1)
     if not samples.size:
-        raise AudioError(path, "empty recording (0 samples)")
+        raise AudioError(path, "empty recording (0 samples)", "empty")
     if not np.isfinite(samples).all():
-        raise AudioError(path, "holds values that are not finite")
+        raise AudioError(path, "holds values that are not finite", "not finite")
     if not samples.any():
-        raise AudioError(path, f"silent: all {samples.size} samples are zero")
+        raise AudioError(path, f"silent: all {samples.size} samples are zero", "silent")
     if rate != sample_rate:
         samples = _resample(samples, rate, sample_rate)
     if samples.size < min_samples:
-        raise AudioError(path, f"too short: {samples.size} samples at {sample_rate} Hz, wanted at least {min_samples}")
+        raise AudioError(
+            path, f"too short: {samples.size} samples at {sample_rate} Hz, wanted at least {min_samples}", "too short"
+        )
     return samples
+
+
+def _missing_wav_bytes(data: bytes) -> int:
+    """How many bytes of its samples a WAV file lacks; libsndfile reads what is there and says nothing."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return 0
+    place = 12
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        if data[place : place + 4] == b"data":
+            streamed = size >= 0x7FFFF000  # written to a pipe, whose length nobody knew
+            return 0 if streamed else max(0, size - (len(data) - place - 8))
+        place += 8 + size + size % 2
+    return 0
 
 
 def _resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:

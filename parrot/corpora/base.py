@@ -1,9 +1,9 @@
-"""What a corpus is: utterances with a speaker, a label and a sentence each."""
+"""What a corpus is: utterances with a speaker, a label and a sentence each; and what a reader of corpora does."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,20 @@ class CorpusError(ValueError):
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What is wrong with one file; ``kind`` is missing, extra, misnamed, silent, truncated, LFS pointer, ..."""
+
+    kind: str
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Utterance:
-    """One recording: ``label`` is the emotion, ``sentence`` the text's code in its corpus."""
+    """One recording: ``label`` is the emotion, ``sentence`` the text's code in its corpus, "" where unknown."""
 
     path: Path
     speaker: str
@@ -65,7 +77,123 @@ class Corpus:
         return tuple(u.speaker for u in self.utterances)
 
     @property
+    def sentences(self) -> tuple[str, ...]:
+        """The sentence of each utterance, "" where unknown."""
+        return tuple(u.sentence for u in self.utterances)
+
+    @property
     def targets(self) -> np.ndarray:
         """The class of each utterance, (n,) int64: the place of its label in ``labels``."""
         place = {label: i for i, label in enumerate(self.labels)}
         return np.array([place[u.label] for u in self.utterances], dtype=np.int64)
+
+
+class Reader:
+    """Reads one kind of corpus.
+
+    Attributes:
+        name: what `parrot.corpora.load` calls it.
+        labels: its classes; None if the data say.
+        counts: utterances of each label in the complete corpus, if known.
+        note: what a user should know of it before using it.
+    """
+
+    name: str
+    labels: tuple[str, ...] | None = None
+    counts: dict[str, int] | None = None
+    note: str = ""
+
+    def scan(self, root: Path) -> tuple[list[Utterance], list[Problem]]:
+        """The utterances in a fixed order, and what can't be taken for one.
+
+        Raises:
+            CorpusError: there is no such corpus at all.
+        """
+        raise NotImplementedError
+
+    def expected(self) -> frozenset[str] | None:
+        """File names of the complete corpus, if known."""
+        return None
+
+    def canonical(self, file_name: str) -> str:
+        """The name in `expected` of a file that also goes by another."""
+        return file_name
+
+    def recognises(self, root: Path) -> bool:
+        """Whether the folder holds such a corpus, more or less."""
+        try:
+            utterances, problems = self.scan(root)
+        except (CorpusError, OSError):
+            return False
+        return len(utterances) > len(problems)
+
+    def read(self, root: str | os.PathLike) -> Corpus:
+        """The corpus; raises `CorpusError`, which lists every file that can't be taken for an utterance."""
+        utterances, problems = self.scan(Path(root))
+        if problems:
+            raise CorpusError(self.name, root, [str(problem) for problem in problems])
+        labels = self.labels or tuple(sorted({u.label for u in utterances}))
+        return Corpus(self.name, Path(root), tuple(utterances), labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedFilesReader(Reader):
+    """A corpus of WAV files whose names tell everything.
+
+    Attributes:
+        name, labels, note: as in `Reader`.
+        title: the corpus's own name.
+        folders: patterns of the folders, below the root, that may hold the files; the first with WAV files counts.
+        example: a file name of it.
+        parse: a path's utterance; raises `ValueError`, which says what is wrong with the name.
+        names: the file names of the complete corpus.
+        renamed: older file names and what they are called now.
+    """
+
+    name: str
+    title: str
+    folders: tuple[str, ...]
+    example: str
+    parse: Callable[[Path], Utterance]
+    labels: tuple[str, ...]
+    names: Callable[[], list[str]]
+    renamed: tuple[tuple[str, str], ...] = ()
+    note: str = ""
+
+    def scan(self, root: Path) -> tuple[list[Utterance], list[Problem]]:
+        if not root.is_dir():
+            what = "is a file" if root.exists() else "no such folder"
+            raise CorpusError(self.name, root, [f"{what}: give the folder that holds {self.folders[0]}"])
+        paths = next(filter(None, (_wav_files(root, pattern) for pattern in self.folders)), [])
+        if not paths:
+            places = ", ".join("the folder itself" if f == "." else f for f in self.folders)
+            found = sorted(p.name + "/" * p.is_dir() for p in root.iterdir() if not p.name.startswith("."))[:5]
+            raise CorpusError(
+                self.name, root,
+                [f"no WAV files such as {self.example} in {places}; found {', '.join(found) or 'nothing'}"],
+            )  # fmt: skip
+        utterances, problems = [], []
+        for path in paths:
+            try:
+                utterances.append(self.parse(path))
+            except ValueError as error:
+                problems.append(Problem("misnamed", path.name, str(error)))
+        if not utterances:
+            raise CorpusError(
+                self.name, root,
+                [f"not {self.title}: wanted files such as {self.example}; "
+                 f"found {len(paths)} WAV file(s) with other names, such as {paths[0].name}"],
+            )  # fmt: skip
+        return utterances, problems
+
+    def expected(self) -> frozenset[str]:
+        return frozenset(self.names())
+
+    def canonical(self, file_name: str) -> str:
+        return dict(self.renamed).get(file_name, file_name)
+
+
+def _wav_files(root: Path, pattern: str) -> list[Path]:
+    folders = [root] if pattern == "." else [p for p in root.glob(pattern) if p.is_dir()]
+    files = (p for folder in folders for p in folder.iterdir())
+    return sorted(p for p in files if p.suffix.lower() == ".wav" and not p.name.startswith("."))

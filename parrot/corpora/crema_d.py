@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from parrot.corpora.base import Corpus, CorpusError, Utterance
+from parrot.corpora.base import Corpus, NamedFilesReader, Utterance
 
 EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 LEVELS = ("LO", "MD", "HI", "XX", "X")  # X: one clip carried a misspelt name until 2022
@@ -30,31 +30,21 @@ SENTENCES = {
 _NAME = re.compile(r"(10\d{2})_([A-Z]{3})_([A-Z]{3})_([A-Z]{1,2})\.wav")
 
 
-def read(root: str | os.PathLike) -> Corpus:
-    """Read the WAV files in ``root/AudioWAV``, or in ``root`` itself, sorted by name.
+# What its speakers did not record.
+_MISSING = (("1008", "WSI"), ("1009", "MTI"), ("1019", "ITH"), ("1002", "TIE", "NEU"), ("1076", "ITS", "NEU"))
 
-    Files that are not WAV and hidden files are passed over; every WAV file must have a name of CREMA-D.
 
-    Raises:
-        CorpusError: the folder is missing or has no WAV file, or some names are not CREMA-D's; the error
-            says what is wrong with each.
-    """
-    root = Path(root)
-    folder = root / "AudioWAV" if (root / "AudioWAV").is_dir() else root
-    if not folder.is_dir():
-        raise CorpusError("crema-d", root, ["no such folder: give the folder that holds AudioWAV"])
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".wav" and not p.name.startswith("."))
-    if not paths:
-        raise CorpusError("crema-d", root, [f"no WAV files in {folder}: give the folder that holds AudioWAV"])
-    utterances, problems = [], []
-    for path in paths:
-        try:
-            utterances.append(_parse(path))
-        except ValueError as error:
-            problems.append(f"{path.name}: {error}")
-    if problems:
-        raise CorpusError("crema-d", root, problems)
-    return Corpus("crema-d", root, tuple(utterances), tuple(sorted(EMOTIONS.values())))
+def file_names() -> list[str]:
+    """The 7442 file names of the complete corpus, in order."""
+    names = []
+    for speaker in map(str, range(1001, 1092)):
+        for sentence in SENTENCES:
+            for emotion in EMOTIONS:
+                if (speaker, sentence) in _MISSING or (speaker, sentence, emotion) in _MISSING:
+                    continue
+                levels = ("LO", "MD", "HI") if sentence == "IEO" and emotion != "NEU" else ("XX",)
+                names += [f"{speaker}_{sentence}_{emotion}_{level}.wav" for level in levels]
+    return sorted(names)
 
 
 def _parse(path: Path) -> Utterance:
@@ -68,3 +58,27 @@ def _parse(path: Path) -> Utterance:
         if code not in known:
             raise ValueError(f"unknown {what} {code!r}, wanted one of {', '.join(known)}")
     return Utterance(path, speaker, EMOTIONS[emotion], sentence)
+
+
+READER = NamedFilesReader(
+    name="crema-d",
+    title="CREMA-D",
+    folders=("AudioWAV", "."),
+    example="1001_DFA_ANG_XX.wav",
+    parse=_parse,
+    labels=tuple(sorted(EMOTIONS.values())),
+    names=file_names,
+    renamed=(("1040_ITH_SAD_X.wav", "1040_ITH_SAD_XX.wav"),),
+)
+
+
+def read(root: str | os.PathLike) -> Corpus:
+    """Read the WAV files in ``root/AudioWAV``, or in ``root`` itself, sorted by name.
+
+    Files that are not WAV and hidden files are passed over; every WAV file must have a name of CREMA-D.
+
+    Raises:
+        CorpusError: the folder is missing or has no WAV file, or some names are not CREMA-D's; the error
+            says what is wrong with each.
+    """
+    return READER.read(root)

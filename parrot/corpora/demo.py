@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from parrot.corpora import crema_d
-from parrot.corpora.base import Corpus, CorpusError
+from parrot.corpora.base import Corpus, CorpusError, Problem, Reader, Utterance
 from parrot.files import write_atomically
 
 VERSION = 1
@@ -150,23 +150,34 @@ def synthesise(
     return root
 
 
+class _DemoReader(Reader):
+    name = "demo"
+    labels = crema_d.READER.labels
+    note = "synthetic speech: what comes out shows that everything works, no more"
+
+    def scan(self, root: Path) -> tuple[list[Utterance], list[Problem]]:
+        advice = "make it with parrot.corpora.demo.synthesise"
+        try:
+            recipe = json.loads((root / RECIPE_FILE).read_text())
+            wanted = math.prod(len(recipe[key]) for key in ("voices", "sentences", "emotions", "levels"))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CorpusError("demo", root, [f"no readable {RECIPE_FILE} in it: {advice}"]) from None
+        utterances, problems = crema_d.READER.scan(root)
+        if len(utterances) != wanted:
+            problems.append(Problem("missing", "AudioWAV", f"wanted {wanted} clips, found {len(utterances)}: {advice}"))
+        return utterances, problems
+
+
+READER = _DemoReader()
+
+
 def read(root: str | os.PathLike) -> Corpus:
     """Read a demo corpus as the corpus ``"demo"``; the files are parsed as CREMA-D's.
 
     Raises:
         CorpusError: ``root`` is not a complete demo corpus.
     """
-    root = Path(root)
-    advice = "make it with parrot.corpora.demo.synthesise"
-    try:
-        recipe = json.loads((root / RECIPE_FILE).read_text())
-        wanted = math.prod(len(recipe[key]) for key in ("voices", "sentences", "emotions", "levels"))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CorpusError("demo", root, [f"no readable {RECIPE_FILE} in it: {advice}"]) from None
-    corpus = dataclasses.replace(crema_d.read(root), name="demo")
-    if len(corpus) != wanted:
-        raise CorpusError("demo", root, [f"wanted {wanted} clips, found {len(corpus)}: {advice}"])
-    return corpus
+    return READER.read(root)
 
 
 def _recipe(voices: int, sentences: int, seed: int) -> dict:
