@@ -8,9 +8,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from parrot.commands import demo, features, info, predict, train
+from parrot.commands import demo, features, info, predict, reproduce, train
 
-COMMANDS = (demo, features, train, predict, info)
+COMMANDS = (demo, features, train, reproduce, predict, info)
 
 DESCRIPTION = """\
 Speech emotion recognition with two encoders, fused by optimal transport and products (PARROT,

@@ -8,17 +8,12 @@ CPU thread; runs go to worker processes, and any number of workers gives the sam
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
-import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +30,7 @@ from parrot.training import (
     save_checkpoint,
     train,
 )
+from parrot.workers import run_all, usable_cores
 
 if TYPE_CHECKING:
     from parrot.corpora.splits import Fold
@@ -132,6 +128,14 @@ class Task:
         model = self.model(system, fold)
         return model, train(model, self.features, self.labels, self.folds[fold], self.config, self.seed_of(fold))
 
+    def result(self, system: str, fold: int) -> TrainingResult:
+        """What training one system on one fold leaves behind."""
+        return self.fit(system, fold)[1]
+
+    @cached_property
+    def _digests(self) -> tuple[list[str], str]:
+        return [digest(f) for f in self.features], digest(self.labels)
+
     def key(self, system: str, fold: int, initial: str) -> str:
         """Hash of what determines the result: data, parts, protocol, seed, initial model, torch and the device."""
         device = self.config.resolved_device()
@@ -139,8 +143,8 @@ class Task:
             "format": FORMAT,
             "system": system,
             "model": initial,
-            "features": [digest(f) for f in self.features],
-            "labels": digest(self.labels),
+            "features": self._digests[0],
+            "labels": self._digests[1],
             "n_classes": self.n_classes,
             "parts": [digest(np.asarray(getattr(self.folds[fold], p))) for p in ("train", "validation", "test")],
             "config": {**asdict(self.config), "device": device.type},
@@ -225,9 +229,9 @@ def cross_validate(
     reused = len(results)
     missing = sorted((run for run in keys if run not in results), key=lambda run: -sizes[run[0]])  # longest first
     if workers is None:
-        workers = _usable_cores() if config.resolved_device().type == "cpu" else 1
+        workers = usable_cores() if config.resolved_device().type == "cpu" else 1
 
-    with contextlib.closing(_run_all(task, missing, workers)) as finished:
+    with contextlib.closing(run_all(task.result, missing, workers)) as finished:
         for (system, fold), result in _progress(finished, len(keys), reused, progress):
             results[system, fold] = result
             if store is not None:
@@ -304,10 +308,6 @@ def train_final(
     return save_checkpoint(folder, model, description)
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _path(store: Path, system: str, fold: int, keys: dict[tuple[str, int], str]) -> Path:
     return store / f"{system}_fold{fold}_{keys[system, fold][:20]}.safetensors"
 
@@ -320,54 +320,6 @@ def _progress(finished: Iterable, total: int, done: int, show: bool) -> Iterator
             bar.set_postfix_str(f"{system}, fold {fold + 1}")
             bar.update()
             yield (system, fold), result
-
-
-def _run_all(task: Task, runs: list[tuple[str, int]], workers: int) -> Iterator[tuple[tuple[str, int], TrainingResult]]:
-    if workers <= 1 or len(runs) <= 1:
-        for run in runs:
-            yield run, task.fit(*run)[1]
-        return
-    pool = ProcessPoolExecutor(min(workers, len(runs)), get_context("spawn"), _start_worker, (task,))
-    try:
-        futures = {pool.submit(_run_in_worker, *run): run for run in runs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "cross_validate: a worker process died, most likely for want of memory. Use fewer `workers`; "
-            "what was finished is kept in `store`."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt
-
-_task: Task | None = None  # of this worker process
-
-
-def _start_worker(task: Task) -> None:
-    global _task
-    _task = task
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(AttributeError, OSError):  # glibc only
-        # Gradients of some MB are freed and allocated every step: keep the memory instead of giving it back to
-        # the system and faulting its pages in again, a fifth of the time of a step.
-        malloc = ctypes.CDLL(None).mallopt
-        malloc(_M_MMAP_MAX, 0)
-        malloc(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _run_in_worker(system: str, fold: int) -> TrainingResult:
-    return _task.fit(system, fold)[1]
 
 
 def save_result(path: Path, result: TrainingResult) -> None:

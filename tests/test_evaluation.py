@@ -18,6 +18,7 @@ from torch import nn
 from parrot import evaluation
 from parrot.evaluation import cross_validate, final_fold, metrics, train_final
 from parrot.training import TrainingConfig, load_checkpoint
+from parrot.workers import run_all
 
 QUICK = TrainingConfig(epochs=3, device="cpu")
 NAMES = ("anger", "neutral", "sad")
@@ -147,7 +148,7 @@ def test_an_error_in_a_worker_reaches_the_caller(data):
     task = evaluation.Task(tuple(features), labels, 3, tuple(folds), QUICK, 0, broken_build)
     runs = [("small", 0), ("large", 0)]
     with pytest.raises(RuntimeError, match="the large model does not build"):
-        list(evaluation._run_all(task, runs, workers=2))
+        list(run_all(task.result, runs, workers=2))
 
 
 def test_anything_that_matters_makes_a_new_run(data, tmp_path):
@@ -239,7 +240,7 @@ def test_workers_end_with_a_killed_parent():
         "import os, signal, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from parrot.evaluation import _start_worker\n"
+        "from parrot.workers import _start_worker\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, get_context('spawn'), _start_worker, (None,))\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"

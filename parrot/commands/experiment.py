@@ -39,7 +39,7 @@ def run_experiment(
         raise ValueError(f"--final must be one of the systems trained ({', '.join(systems)}); got {final!r}.")
     speaker_folds(corpus.speakers, args.folds)  # says at once if there are too few speakers
 
-    rows, features, failures = _embed_corpus(corpus, encoders, args.cache)
+    rows, features, failures = embed_corpus(corpus, encoders, args.cache)
     speakers = [corpus.speakers[row] for row in rows]
     labels = corpus.targets[rows]
     folds = speaker_folds(speakers, args.folds, args.seed)
@@ -51,7 +51,7 @@ def run_experiment(
     )  # fmt: skip
     experiment = report.Experiment(
         "the spoken demo corpus" if synthetic else corpus.name, len(rows), len(set(speakers)), synthetic,
-        _encoder_facts(args.encoders, encoders), failures,
+        encoder_facts(args.encoders, encoders), failures,
     )  # fmt: skip
     path = report.write(results, args.output, experiment)
     model = evaluation.train_final(
@@ -67,7 +67,7 @@ def run_experiment(
     print(f"Model    {model} ({experiment.title(final)}, trained on all speakers)")
 
 
-def _encoder_facts(specs: Sequence[str], encoders: Sequence[Encoder]) -> tuple[EncoderFacts, ...]:
+def encoder_facts(specs: Sequence[str], encoders: Sequence[Encoder]) -> tuple[EncoderFacts, ...]:
     from parrot.report import EncoderFacts
 
     return tuple(
@@ -90,7 +90,7 @@ def _systems(names: Sequence[str] | None, dims: Sequence[int], n_classes: int) -
     return list(dict.fromkeys(names))
 
 
-def _embed_corpus(
+def embed_corpus(
     corpus: Corpus, encoders: Sequence[Encoder], cache: Path
 ) -> tuple[np.ndarray, list[np.ndarray], tuple[tuple[str, str], ...]]:
     """The utterances that all encoders could embed, their features, and (file name, reason) of the others."""
