@@ -184,7 +184,7 @@ def test_interruption_is_no_error(monkeypatch, capsys):
     assert "run the command again to go on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["features"], ["train"], ["predict"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["features"], ["train"], ["reproduce"], ["predict"], ["info"]])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])

@@ -84,6 +84,29 @@ def test_systems_are_their_transcription(name, rows):
         assert (g - w).abs().max() <= 1e-9, key
 
 
+def test_the_paper_at_its_size_is_its_transcription():
+    """SSAM base and HuBERT base widths, six classes, a full batch: logits and the gradients of all 17.8 M weights."""
+    model = Parrot((3840, 768), 6).double().eval()
+    weights = dict(model.named_parameters())
+    assert sum(weight.numel() for weight in weights.values()) == 17_822_582
+    a, b = torch.randn(32, 3840, dtype=torch.float64), torch.randn(32, 768, dtype=torch.float64)
+    labels = torch.arange(32) % 6
+    logits, want = model(a, b), transcribed("parrot", weights, a, b)
+    assert (logits - want).abs().max() <= 1e-9
+    got = torch.autograd.grad(F.cross_entropy(logits, labels), weights.values())
+    wanted = torch.autograd.grad(F.cross_entropy(want, labels), weights.values())
+    for key, g, w in zip(weights, got, wanted, strict=True):
+        assert (g - w).abs().max() <= 1e-9, key
+
+
+def test_the_fused_row_is_in_the_papers_order():
+    model = build("parrot", DIMS, CLASSES).double().eval()
+    p, q = model.project(*batch(7))
+    plan = paper_plan(p, q)
+    want = torch.cat([p * q, 7 * plan.T @ p, q, 7 * plan @ q, p], 1)
+    assert (model.fusion(p, q) - want).abs().max() <= 1e-9
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_systems_in_single_precision(name):
     model = build(name, DIMS, CLASSES).eval()
