@@ -11,6 +11,7 @@ where it stopped, and neither that nor the number of processes changes a byte of
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from parrot import published
-from parrot.corpora.splits import assert_no_leakage, speaker_folds
+from parrot.corpora.splits import Fold, assert_no_leakage, speaker_folds, stratified_folds
 from parrot.evaluation import Task, metrics, model_digest
 from parrot.files import write_atomically
 from parrot.model import build
@@ -44,6 +45,7 @@ TITLES = {
     "ot": "Optimal transport",
     "parrot": "PARROT",
 }
+SPLITS = ("speaker", "stratified")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -119,6 +121,7 @@ class Result:
     rows: tuple[Row, ...]
     seeds: int
     folds: int
+    split: str
     config: TrainingConfig
     runs: dict[tuple[str, Row], list[dict[str, Any]]]
     reused: int
@@ -164,14 +167,20 @@ def rows_of(table: str, streams: Sequence[Stream]) -> tuple[Row, ...]:
 class Experiments:
     """What the training runs share; :meth:`run` is what a worker process does."""
 
-    def __init__(self, corpora: Sequence[CorpusData], rows: Sequence[Row], seeds: int, n_folds: int, config):
+    def __init__(
+        self,
+        corpora: Sequence[CorpusData],
+        rows: Sequence[Row],
+        seeds: int,
+        n_folds: int,
+        config: TrainingConfig,
+        split: str = "speaker",
+    ) -> None:
         self._tasks: dict[tuple[str, tuple[str, ...], int], Task] = {}
         self._initial: dict[tuple, str] = {}
         for corpus in corpora:
             for seed in range(seeds):
-                folds = tuple(speaker_folds(corpus.speakers, n_folds, seed))
-                for fold in folds:
-                    assert_no_leakage(fold, corpus.speakers)
+                folds = _folds(corpus, split, n_folds, seed)
                 for encoders in dict.fromkeys(row.encoders for row in rows):
                     features = tuple(corpus.features[name] for name in encoders)
                     self._tasks[corpus.name, encoders, seed] = Task(
@@ -220,6 +229,24 @@ class Experiments:
         return sum(p.numel() for p in model.parameters())
 
 
+def _folds(corpus: CorpusData, split: str, n_folds: int, seed: int) -> tuple[Fold, ...]:
+    if split == "speaker":
+        n_speakers = len(set(corpus.speakers))
+        if n_speakers < n_folds:
+            raise ValueError(
+                f"reproduce: {corpus.title} tells {n_speakers} speakers apart, too few for {n_folds} speaker-disjoint "
+                "folds. Ask for fewer folds, or for the split 'stratified', which has speakers on both sides."
+            )
+        folds, groups = speaker_folds(corpus.speakers, n_folds, seed), corpus.speakers
+    else:  # copies of one recording have one embedding: they must not be parted
+        rows = next(iter(corpus.features.values()))
+        groups = [hashlib.sha256(row.tobytes()).hexdigest() for row in rows]
+        folds = stratified_folds(corpus.labels, n_folds, seed, together=groups)
+    for fold in folds:
+        assert_no_leakage(fold, groups, "speaker" if split == "speaker" else "embedding")
+    return tuple(folds)
+
+
 def _system(row: Row) -> str:
     return f"{row.system}-0" if row.kind == "single" else row.system
 
@@ -232,6 +259,7 @@ def run(
     *,
     seeds: int = 3,
     folds: int = 5,
+    split: str = "speaker",
     jobs: int | None = None,
     config: TrainingConfig | None = None,
     progress: bool = True,
@@ -244,7 +272,8 @@ def run(
         streams: the encoders.
         store: folder of finished runs; what is there is not run again.
         seeds: number of repetitions; repetition s has folds of seed s, and fold k of it trains from 100 s + k.
-        folds: number of speaker-disjoint folds.
+        folds: number of folds.
+        split: "speaker", the authors' procedure (no speaker on two sides), or "stratified" (by label alone).
         jobs: processes, each of one thread; by default one per CPU core on the CPU, 1 on a GPU.
         config: the training protocol; the paper's by default.
         progress: show a progress bar.
@@ -257,9 +286,11 @@ def run(
         raise ValueError(f"reproduce: `seeds` and `jobs` must be 1 or more; got {seeds} and {jobs}.")
     if len({corpus.name for corpus in corpora}) < len(corpora) or not corpora:
         raise ValueError(f"reproduce: wanted different corpora, at least one; got {[c.name for c in corpora]}.")
+    if split not in SPLITS:
+        raise ValueError(f"reproduce: `split` must be one of {', '.join(SPLITS)}; got {split!r}.")
     config, store = config or TrainingConfig(), Path(store)
     rows = rows_of(table, streams)
-    experiments = Experiments(corpora, rows, seeds, folds, config)
+    experiments = Experiments(corpora, rows, seeds, folds, config, split)
     if jobs is None:
         jobs = usable_cores() if config.resolved_device().type == "cpu" else 1
     with _locked(store):
@@ -276,7 +307,7 @@ def run(
     runs: dict[tuple[str, Row], list[dict[str, Any]]] = {}
     for job in experiments.jobs:
         runs.setdefault((job.corpus, job.row), []).append(records[job])
-    return Result(table, tuple(corpora), tuple(streams), rows, seeds, folds, config, runs, reused)
+    return Result(table, tuple(corpora), tuple(streams), rows, seeds, folds, split, config, runs, reused)
 
 
 def paired_test(ours: np.ndarray, other: np.ndarray) -> dict[str, float | None]:

@@ -19,6 +19,10 @@ from parrot.report import ACCENT, FUSION, INK, SINGLE, STYLE, environment
 from parrot.reproduce import SYSTEMS, TITLES, CorpusData, Result, Row, paired_test
 
 METRICS = {"wa": "accuracy", "macro_f1": "macro-F1"}
+SPLITS = {
+    "speaker": "No speaker is in more than one of training, validation and test",
+    "stratified": "SPEAKERS ARE ON BOTH SIDES of these splits (stratified by label), which flatters every system",
+}
 REFERENCE = {"table1": "cnn", "table2": "parrot"}  # what the other systems on the same encoders are tested against
 
 
@@ -93,8 +97,8 @@ def caveats(result: Result) -> list[str]:
             notes.append(f"{corpus.title}: {len(corpus.failures)} recordings could not be used and are left out.")
     notes += [
         f"Published: {published.SOURCE}. Means over five folds; neither deviations nor the folds are published.",
-        f"Ours: mean ± population deviation over {result.seeds} seed(s) x {result.folds} folds. No speaker is in more "
-        "than one of training, validation and test; whether that holds for the published figures is unknown.",
+        f"Ours: mean ± population deviation over {result.seeds} seed(s) x {result.folds} folds. {SPLITS[result.split]}; "
+        "whether that holds for the published figures is unknown.",
         f"Tests: two-sided, paired by seed and fold, {TITLES[REFERENCE[result.table]]} against the row. Folds share "
         "training data, so p is too small; with 5 pairs Wilcoxon's p is at least 0.0625.",
     ]
@@ -130,6 +134,7 @@ def write(result: Result, folder: str | Path) -> list[Path]:
         ],
         "seeds": result.seeds,
         "folds": result.folds,
+        "split": result.split,
         "configuration": {**asdict(result.config), "device": result.config.resolved_device().type},
         "rows": entries,
         "caveats": caveats(result),

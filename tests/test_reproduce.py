@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import reproduce_small as small
 from scipy.stats import ttest_rel, wilcoxon
+from synthetic_trees import make_tree
 
 from parrot import published, reproduce, reproduce_report
 from parrot.cli import main
@@ -186,6 +187,23 @@ def test_what_determines_a_result_is_in_its_key():
     assert keys(unused) == first
 
 
+def test_a_corpus_of_few_speakers_needs_the_stratified_split(tmp_path):
+    data = small.corpus("mesd")
+    few = reproduce.CorpusData(
+        "mesd", data.features, data.labels, tuple("CFM"[k % 3] for k in range(144)), ("a", "b", "c")
+    )
+    with pytest.raises(ValueError, match="MESD tells 3 speakers apart, too few for 5 speaker-disjoint folds.*stratifi"):
+        small.run(tmp_path, corpora=[few], folds=5)
+    assert not (tmp_path / "results").exists()
+    for matrix in few.features.values():
+        matrix[3] = matrix[0]  # a copy of a recording, of the same label
+    result = small.run(tmp_path, corpora=[few], folds=5, seeds=1, split="stratified", table="table1")
+    assert [result.values("mesd", row, "wa").size for row in result.rows] == [5] * 6
+    assert "SPEAKERS ARE ON BOTH SIDES" in (tmp_path / "table1.md").read_text()
+    for fold in reproduce._folds(few, "stratified", 5, 0):
+        assert (0 in fold.test) == (3 in fold.test)
+
+
 def test_paired_tests_are_scipys():
     ours, other = np.array([[71.0, 69.5], [73.0, 68.0]]), np.array([[70.0, 70.0], [71.5, 66.0]])
     got = reproduce.paired_test(ours, other)
@@ -230,7 +248,8 @@ def test_roles_follow_from_specs(spec, dim, role):
         (lambda t: reproduce.rows_of("table2", small.streams()[:1] * 2), "two encoders are called 'audio-mamba-base'"),
         (lambda t: small.run(t, seeds=0), "`seeds` and `jobs` must be 1 or more; got 0"),
         (lambda t: small.run(t, jobs=0), "got 2 and 0"),
-        (lambda t: small.run(t, folds=10), "at least n_folds = 10"),
+        (lambda t: small.run(t, folds=10), "CREMA-D tells 9 speakers apart, too few for 10"),
+        (lambda t: small.run(t, split="random"), "`split` must be one of speaker, stratified; got 'random'"),
         (lambda t: small.run(t, corpora=[small.corpus()] * 2), "different corpora, at least one; got .'crema-d'"),
     ],
 )
@@ -239,24 +258,10 @@ def test_what_is_wrong_is_said(call, message, tmp_path):
         call(tmp_path)
 
 
-def tree(folder, speakers=5):
-    """A folder with CREMA-D's file names: two sentences in six emotions by each speaker."""
-    import soundfile
-
-    (folder / "AudioWAV").mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for speaker in range(1001, 1001 + speakers):
-        for sentence in ("IEO", "TIE"):
-            for pitch, emotion in enumerate(("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")):
-                t = np.arange(8000) / 16000
-                wave = 0.3 * np.sin(2 * np.pi * (100 + 40 * pitch) * t) + 0.01 * random.standard_normal(8000)
-                soundfile.write(folder / "AudioWAV" / f"{speaker}_{sentence}_{emotion}_XX.wav", wave, 16000)
-    return folder
-
-
 def test_the_command_ends_and_prints_every_row(tmp_path, capsys):
+    corpus = make_tree("crema-d", tmp_path / "corpus", limit=5 * 82, seconds=0.1)
     command = [
-        "reproduce", "table2", "--corpus", f"crema-d:{tree(tmp_path / 'corpus')}", "--encoders", "ssam-demo",
+        "reproduce", "table2", "--corpus", f"crema-d:{corpus}", "--encoders", "ssam-demo",
         "hubert-demo", "mms=hubert-demo", "--seeds", "1", "--epochs", "1", "--jobs", "1", "--device", "cpu",
         "--output", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"),
     ]  # fmt: skip

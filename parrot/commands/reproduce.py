@@ -47,7 +47,11 @@ def add_parser(commands: Subparsers) -> None:
         "--output", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="everything goes here (%(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions (%(default)s)")
-    parser.add_argument("--folds", type=int, default=5, metavar="N", help="speaker-disjoint folds (%(default)s)")
+    parser.add_argument("--folds", type=int, default=5, metavar="N", help="folds (%(default)s)")
+    parser.add_argument(
+        "--split", choices=("speaker", "stratified"), default="speaker",
+        help="folds without a speaker on two sides, or (for MESD, which names no speakers) by label alone (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--epochs", type=int, default=50, metavar="N", help="the most epochs (%(default)s)")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that train (all cores; 1 on a GPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     data = [_data(corpus, streams, encoders, args.cache) for corpus in corpora]
     result = reproduce.run(
         args.table, data, streams, args.output / "results",
-        seeds=args.seeds, folds=args.folds, jobs=args.jobs, config=config,
+        seeds=args.seeds, folds=args.folds, split=args.split, jobs=args.jobs, config=config,
     )  # fmt: skip
     paths = reproduce_report.write(result, args.output)
     _print(result)
