@@ -97,8 +97,8 @@ def caveats(result: Result) -> list[str]:
             notes.append(f"{corpus.title}: {len(corpus.failures)} recordings could not be used and are left out.")
     notes += [
         f"Published: {published.SOURCE}. Means over five folds; neither deviations nor the folds are published.",
-        f"Ours: mean ± population deviation over {result.seeds} seed(s) x {result.folds} folds. {SPLITS[result.split]}; "
-        "whether that holds for the published figures is unknown.",
+        f"Ours: mean ± population deviation over {result.seeds} seed(s) x {result.folds} folds. "
+        f"{SPLITS[result.split]}; whether that holds for the published figures is unknown.",
         f"Tests: two-sided, paired by seed and fold, {TITLES[REFERENCE[result.table]]} against the row. Folds share "
         "training data, so p is too small; with 5 pairs Wilcoxon's p is at least 0.0625.",
     ]

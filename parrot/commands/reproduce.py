@@ -50,7 +50,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--folds", type=int, default=5, metavar="N", help="folds (%(default)s)")
     parser.add_argument(
         "--split", choices=("speaker", "stratified"), default="speaker",
-        help="folds without a speaker on two sides, or (for MESD, which names no speakers) by label alone (%(default)s)",
+        help="folds without a speaker on two sides, or (MESD names no speakers) by label alone (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--epochs", type=int, default=50, metavar="N", help="the most epochs (%(default)s)")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that train (all cores; 1 on a GPU)")
