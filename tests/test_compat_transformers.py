@@ -167,3 +167,35 @@ def test_enabling_twice_and_nesting():
     assert dict(vars(modeling)) == before
     fast.disable()
     assert dict(vars(modeling)) == before
+
+
+def test_overlapping_blocks():
+    modeling = transformers.models.mamba.modeling_mamba
+    before = dict(vars(modeling))
+    first, second = fast.enabled(), fast.enabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dict(vars(modeling)) != before
+    second.__exit__(None, None, None)
+    assert dict(vars(modeling)) == before
+
+
+def test_an_exception_in_a_block_disables():
+    modeling = transformers.models.mamba.modeling_mamba
+    before = dict(vars(modeling))
+    with pytest.raises(KeyError), fast.enabled():
+        raise KeyError
+    assert dict(vars(modeling)) == before
+
+
+def test_a_missing_model_leaves_the_others_alone(monkeypatch):
+    modeling = transformers.models.mamba.modeling_mamba
+    before = dict(vars(modeling))
+    monkeypatch.setitem(fast.MIXERS, "no_such_model", "NoSuchMixer")
+    with pytest.raises(ModuleNotFoundError, match="no_such_model"):
+        fast.enable()
+    assert dict(vars(modeling)) == before
+    monkeypatch.delitem(fast.MIXERS, "no_such_model")
+    with fast.enabled():
+        assert dict(vars(modeling)) != before

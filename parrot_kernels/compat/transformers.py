@@ -29,14 +29,16 @@ MIXERS = {"mamba": "MambaMixer", "falcon_mamba": "FalconMambaMixer", "jamba": "J
 
 _ABSENT = object()
 _replaced: list[tuple[Any, str, Any]] = []  # (owner, attribute, value before)
+_blocks = 0  # of `enabled` that are open
 
 
 def enable() -> None:
     """Make Mamba, FalconMamba and Jamba models use parrot_kernels. Does nothing when they already do."""
     if _replaced:
         return
-    for model, mixer_name in MIXERS.items():
-        modeling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    # All are imported before any is touched: one that is missing leaves the others as they are.
+    modules = [importlib.import_module(f"transformers.models.{model}.modeling_{model}") for model in MIXERS]
+    for modeling, mixer_name in zip(modules, MIXERS.values(), strict=True):
         if hasattr(modeling, "mamba_selective_scan"):
             functions = _FUNCTIONS
         else:
@@ -63,13 +65,21 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """`enable` inside a ``with`` block; afterwards all is as it was before it."""
-    was_enabled = bool(_replaced)
+    """`enable` inside a ``with`` block; afterwards all is as it was before it.
+
+    Blocks may overlap, as they do in threads: the last to end disables.
+    """
+    global _blocks
+    if not _blocks and _replaced:  # by `enable`, which outlasts the block
+        yield
+        return
     enable()
+    _blocks += 1
     try:
         yield
     finally:
-        if not was_enabled:
+        _blocks -= 1
+        if not _blocks:
             disable()
 
 
