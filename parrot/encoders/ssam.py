@@ -6,9 +6,9 @@ checkpoints load unmodified and give the published embeddings.
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from parrot_kernels.modules import Mamba
 
 from .base import Encoder
+from .checkpoint import first, mismatches, read_state_dict
 from .log_mel import LogMel
 
 LAYOUTS = ("published", "corrected")
@@ -88,12 +89,13 @@ class SSAM(Encoder):
             frequency-major, so column block k of row j is token k T_p + j: the blocks are the F_p temporal
             sections of a chunk, and dropping the last rows does not drop the padded frames. Published embeddings
             have it, so it is the default. "corrected": row j holds the F_p tokens of time patch j, and exactly
-            the padded patches are dropped. Same width, different vectors.
+            the padded patches are dropped. Same width, different vectors; what compares rows in time wants this one.
         name: what reports call it.
         device: of the parameters.
     """
 
     sample_rate = 16_000
+    normalisation = "log-mel map of zero mean and unit deviation per clip"
 
     def __init__(
         self,
@@ -120,9 +122,11 @@ class SSAM(Encoder):
         self.name, self.layout, self.input_size = name, layout, tuple(input_size)
         self.grid = (input_size[0] // patch_size[0], input_size[1] // patch_size[1])
         self.embedding_dim = self.grid[1] * width
+        self.n_layers = depth
 
         self.log_mel_front_end = LogMel(self.sample_rate, n_mels=input_size[1])
         self.min_samples = self.log_mel_front_end.min_samples
+        self.frame_rate = self.sample_rate / (self.log_mel_front_end.hop * patch_size[0])
         self.patch_embed = PatchEmbed(width, patch_size, device)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, device=device).normal_(std=0.02))
         self.register_buffer("pos_embed", sincos_position_embedding(width, self.grid).to(device or "cpu"))
@@ -145,19 +149,12 @@ class SSAM(Encoder):
         """
         weights = {key: value for key, value in state_dict.items() if not PRETRAINING_KEYS.fullmatch(key)}
         if strange := [f"{key} is no tensor" for key, value in weights.items() if not isinstance(value, Tensor)]:
-            raise _not_ssam(_first(strange))
+            raise _not_ssam(first(strange))
         sizes = _infer_sizes(weights, n_mels)
         model = cls(**sizes, layout=layout, name=name, device="meta")
-        expected = model.state_dict()
-        problems = [f"missing {key}" for key in expected if key not in weights]
-        problems += [f"unexpected {key}" for key in weights if key not in expected]
-        problems += [
-            f"{key} of shape {tuple(weights[key].shape)}, wanted {tuple(expected[key].shape)}"
-            for key in expected
-            if key in weights and weights[key].shape != expected[key].shape
-        ]
+        problems = mismatches(weights, model.state_dict())
         if problems:
-            raise _not_ssam(f"for the sizes found ({_described(sizes)}): " + _first(problems))
+            raise _not_ssam(f"for the sizes found ({_described(sizes)}): " + first(problems))
         model.load_state_dict(
             {key: value.detach().to(torch.float32, copy=True) for key, value in weights.items()}, assign=True
         )
@@ -165,18 +162,20 @@ class SSAM(Encoder):
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> SSAM:
-        """Load a ``.safetensors`` file or a ``.pth`` (a state dict, or a dictionary holding one as "model").
-
-        A ``.pth`` is read without executing anything in it, which excludes files that pickle other objects.
+        """Load an official ``.pth`` (only its tensors are read, nothing in it is executed) or a ``.safetensors``.
 
         Args:
             options: of :meth:`from_state_dict`.
 
         Raises:
-            ValueError: no such file, not readable as tensors alone, or not an SSAM state dict.
+            ValueError: no such file, truncated or no checkpoint at all, or not an SSAM state dict.
         """
         path = Path(path)
-        return cls.from_state_dict(_read_tensors(path), **{"name": f"ssam:{path.stem}", **options})
+        weights = read_state_dict(path, "ssam")
+        try:
+            return cls.from_state_dict(weights, **{"name": f"ssam:{path.stem}", **options})
+        except ValueError as error:
+            raise ValueError(f"ssam: {path} does not fit: {error}") from error
 
     def configuration(self) -> dict[str, Any]:
         return {"layout": self.layout, "input_size": self.input_size, "patch_size": self.patch_embed.proj.kernel_size}
@@ -190,33 +189,41 @@ class SSAM(Encoder):
         if tuple(log_mel.shape[1:]) != self.input_size:
             wanted = ", ".join(map(str, self.input_size))
             raise ValueError(f"SSAM: `log_mel` must be (B, {wanted}); got {tuple(log_mel.shape)}.")
+        (tokens,) = deque(self._layers(log_mel), maxlen=1)
+        return tokens
+
+    def _layers(self, log_mel: Tensor) -> Iterator[Tensor]:
+        """The patch tokens before each block (the residual sums), then those after the last one, normalised."""
         tokens = self.patch_embed(log_mel) + self.pos_embed[:, 1:]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         residual = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
+            yield residual[:, 1:]
             residual = residual + block(residual)
-        return self.encoder_norm(residual)[:, 1:]
+        yield self.encoder_norm(residual)[:, 1:]
 
-    def timestamp_embeddings(self, waveforms: Tensor) -> Tensor:
+    def _states(self, waveforms: Tensor, every: bool) -> list[Tensor]:
         """One row per time patch (0.04 s): (B, ceil(frames / patch), embedding_dim), see the class for the layout.
 
         All chunks of all waveforms are encoded as one batch; nothing is carried from one to the next.
         """
-        log_mel = self.log_mel(waveforms)
-        if waveforms.dim() == 1:
-            log_mel = log_mel[None]
-        batch, frames, _ = log_mel.shape
+        log_mel = self.log_mel_front_end(waveforms)
+        frames = log_mel.shape[1]
         (chunk, _), (steps, bands) = self.input_size, self.grid
         pad = chunk - frames % chunk  # a whole chunk when frames is a multiple: as in the official release
         chunks = F.pad(log_mel, (0, 0, 0, pad)).unflatten(1, (-1, chunk))
-        tokens = self(chunks.flatten(0, 1))
-        if self.layout == "published":
-            rows = tokens.unflatten(1, (bands, steps)).transpose(1, 2).flatten(2)
-        else:
-            rows = tokens.unflatten(1, (steps, bands)).flatten(2)
-        rows = rows.reshape(batch, -1, self.embedding_dim)
-        rows = rows[:, : rows.shape[1] - steps * pad // chunk]
-        return rows[0] if waveforms.dim() == 1 else rows
+        chunks = chunks.flatten(0, 1)
+        layers = self._layers(chunks) if every else [self(chunks)]
+
+        def rows(tokens: Tensor) -> Tensor:
+            if self.layout == "published":
+                rows = tokens.unflatten(1, (bands, steps)).transpose(1, 2).flatten(2)
+            else:
+                rows = tokens.unflatten(1, (steps, bands)).flatten(2)
+            rows = rows.reshape(len(waveforms), -1, self.embedding_dim)
+            return rows[:, : rows.shape[1] - steps * pad // chunk]
+
+        return [rows(tokens) for tokens in layers]
 
     def scene_embedding(self, waveforms: Tensor) -> Tensor:
         """The published utterance embedding: :meth:`embed` under the name it has in the HEAR interface."""
@@ -234,12 +241,12 @@ def _infer_sizes(weights: Mapping[str, Tensor], n_mels: int) -> dict[str, Any]:
         mixer + "dt_proj.weight": 2,
     }
     if absent := [key for key in ranks if key not in weights]:
-        raise _not_ssam("the sizes can't be inferred: " + _first([f"missing {key}" for key in absent]))
+        raise _not_ssam("the sizes can't be inferred: " + first([f"missing {key}" for key in absent]))
     shapes = {key: tuple(weights[key].shape) for key in ranks}
     bent = [key for key, rank in ranks.items() if len(shapes[key]) != rank or 0 in shapes[key]]
     if bent:
         wanted = [f"{key} of shape {shapes[key]}, wanted {ranks[key]} dimensions, none 0" for key in bent]
-        raise _not_ssam("the sizes can't be inferred: " + _first(wanted))
+        raise _not_ssam("the sizes can't be inferred: " + first(wanted))
 
     width, _, *patch = shapes["patch_embed.proj.weight"]
     tokens = shapes["pos_embed"][1] - 1
@@ -268,39 +275,8 @@ def _described(sizes: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sizes.items())
 
 
-def _first(problems: list[str], count: int = 8) -> str:
-    rest = f"; and {len(problems) - count} more" if len(problems) > count else ""
-    return "; ".join(problems[:count]) + rest
-
-
 def _not_ssam(why: str) -> ValueError:
     return ValueError(
         f"SSAM.from_state_dict: `state_dict` must hold the official SSAM keys and shapes; {why}. "
         "Pass the dictionary of tensors itself (the official files keep it under 'model')."
     )
-
-
-def _read_tensors(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"ssam: no checkpoint file at {path}. Give the path of a .safetensors or .pth file.")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"ssam: {path} is not a readable safetensors file: {error}.") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"ssam: {path} can't be read as tensors alone ({reason}). The official files also "
-            "pickle their training arguments, and unpickling those can execute code. If you trust the file, convert "
-            "it once: safetensors.torch.save_file(torch.load(path, weights_only=False)['model'], 'ssam.safetensors')."
-        ) from error
-    weights = content.get("model", content) if isinstance(content, Mapping) else content
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"ssam: {path} must hold a dictionary of tensors, or one under 'model'; it does not.")
-    return weights
