@@ -8,9 +8,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from parrot.commands import demo, features, info, predict, reproduce, train
+from parrot.commands import convert, demo, features, info, predict, reproduce, train
 
-COMMANDS = (demo, features, train, reproduce, predict, info)
+COMMANDS = (demo, features, train, reproduce, predict, convert, info)
 
 DESCRIPTION = """\
 Speech emotion recognition with two encoders, fused by optimal transport and products (PARROT,

@@ -77,10 +77,10 @@ class Encoder(nn.Module):
         self.register_parameter("layer_weights", nn.Parameter(weights) if layer == "weighted" else None)
         return self
 
-    def _chosen(self, waveforms: Tensor) -> Tensor:
+    def _chosen(self, waveforms: Tensor, *options: Any) -> Tensor:
         if self.layer == "last":
-            return self._states(waveforms, False)[-1]
-        states = self._states(waveforms, True)
+            return self._states(waveforms, False, *options)[-1]
+        states = self._states(waveforms, True, *options)
         return states[self.layer] if isinstance(self.layer, int) else self._combined(states)
 
     def _combined(self, states: Sequence[Tensor]) -> Tensor:

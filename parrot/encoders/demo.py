@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .hubert import Hubert
+from .speech import SpeechModel
 from .ssam import SSAM
 
 Model = TypeVar("Model", bound=nn.Module)
-Demo = TypeVar("Demo", SSAM, Hubert)
+Demo = TypeVar("Demo", SSAM, SpeechModel)
 
 
 def ssam_demo() -> SSAM:
@@ -28,7 +28,7 @@ def ssam_demo() -> SSAM:
     return _finished(model)
 
 
-def hubert_demo() -> Hubert:
+def hubert_demo() -> SpeechModel:
     """HuBERT of width 96 and depth 2 on 64-channel convolutions of the published geometry."""
     from transformers import HubertConfig, HubertModel
 
@@ -48,7 +48,7 @@ def hubert_demo() -> Hubert:
         # Weights constant over the taps: a random filter that averages keeps the slow course of loudness and pitch.
         weight = layer.conv.weight.data
         weight.copy_(weight[..., :1].expand_as(weight))
-    return _finished(Hubert(model, do_normalize=True, name="hubert-demo"))
+    return _finished(SpeechModel(model, do_normalize=True, name="hubert-demo"))
 
 
 def _finished(encoder: Demo) -> Demo:
