@@ -1,9 +1,7 @@
-"""The encoders: SSAM against what the official code computes, HuBERT against transformers' own pipeline."""
+"""The encoders: SSAM against what the official code computes, and what all encoders share."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parrot import encoders
-from parrot.encoders import SSAM, Hubert
+from parrot.encoders import SSAM
 from parrot.encoders.log_mel import LogMel, mel_filterbank
 from parrot.encoders.ssam import sincos_position_embedding
 
@@ -213,42 +211,6 @@ def test_ssam_files(weights, ssam, tmp_path):
     assert SSAM.from_file(tmp_path / "b.pth", layout="corrected").fingerprint != ssam.fingerprint
 
 
-class Payload:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_ssam_files_are_read_without_executing_them(weights, tmp_path):
-    torch.save({"model": weights, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "official.pth")
-    with pytest.raises(ValueError, match=r"official\.pth can't be read as tensors alone.*convert it once"):
-        encoders.load(f"ssam:{tmp_path / 'official.pth'}")
-    torch.save({"model": weights, "args": Payload(tmp_path / "executed")}, tmp_path / "hostile.pth")
-    with pytest.raises(ValueError, match="can't be read as tensors alone"):
-        encoders.load(f"ssam:{tmp_path / 'hostile.pth'}")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_ssam_says_what_is_wrong_with_a_file(weights, tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint file at .*nowhere\.pth"):
-        encoders.load(f"ssam:{tmp_path / 'nowhere.pth'}")
-    save_file(weights, tmp_path / "cut.safetensors")
-    content = (tmp_path / "cut.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"cut\.safetensors is not a readable safetensors file"):
-        encoders.load(f"ssam:{tmp_path / 'cut.safetensors'}")
-    (tmp_path / "empty.pth").touch()
-    with pytest.raises(ValueError, match=r"empty\.pth can't be read as tensors alone"):
-        encoders.load(f"ssam:{tmp_path / 'empty.pth'}")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"list\.pth must hold a dictionary of tensors"):
-        encoders.load(f"ssam:{tmp_path / 'list.pth'}")
-
-
 # --- Front end
 
 
@@ -272,96 +234,7 @@ def test_log_mel_is_normalised_over_the_whole_clip():
         assert abs(log_mel.std().item() - 1) < 1e-5
 
 
-# --- HuBERT
-
-
-def small_hubert(**options):
-    from transformers import HubertConfig, HubertModel
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    convolutions = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
-    return HubertModel(HubertConfig(**{**sizes, **convolutions, **options})).eval()
-
-
-def write_preprocessor(folder: Path, **settings) -> None:
-    settings = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 16_000, **settings}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-
-
-@pytest.mark.parametrize("do_normalize", [True, False])
-def test_hubert_is_transformers_own_pipeline(tmp_path, do_normalize):
-    from transformers import HubertModel, Wav2Vec2FeatureExtractor
-
-    small_hubert().save_pretrained(tmp_path)
-    write_preprocessor(tmp_path, do_normalize=do_normalize)
-    encoder = encoders.load(f"hubert:{tmp_path}")
-    waveform = 3 * noise(20_000) + 0.5
-    inputs = Wav2Vec2FeatureExtractor.from_pretrained(tmp_path)(
-        waveform.numpy(), sampling_rate=16_000, return_tensors="pt"
-    )
-    with torch.no_grad():
-        want = HubertModel.from_pretrained(tmp_path).eval()(inputs.input_values).last_hidden_state
-    assert worst(encoder.timestamp_embeddings(waveform[None]), want) <= 1e-5
-    assert worst(encoder.embed(waveform), want[0].mean(0)) <= 1e-5
-    assert encoder.do_normalize is do_normalize
-    assert (encoder.embedding_dim, encoder.sample_rate, encoder.min_samples) == (32, 16_000, 400)
-    assert not encoder.training
-    assert not any(weight.requires_grad for weight in encoder.parameters())
-
-
-def test_hubert_normalisation_belongs_to_the_fingerprint(tmp_path):
-    small_hubert().save_pretrained(tmp_path)
-    prints = set()
-    for do_normalize in (True, False):
-        write_preprocessor(tmp_path, do_normalize=do_normalize)
-        prints.add(Hubert.from_pretrained(tmp_path).fingerprint)
-    assert len(prints) == 2
-
-
-def test_hubert_embeds_each_row_of_a_batch_by_itself():
-    encoder = encoders.load("hubert-demo")
-    batch = noise(3, 5_000)
-    for row, waveform in zip(encoder.embed(batch), batch, strict=True):
-        assert worst(row, encoder.embed(waveform)) <= 1e-5
-
-
-def test_hubert_frames():
-    encoder = encoders.load("hubert-demo")
-    for samples, frames in ((400, 1), (16_000, 49), (32_000, 99), (40_000, 124)):
-        assert encoder.timestamp_embeddings(noise(1, samples)).shape == (1, frames, encoder.embedding_dim)
-
-
-def test_hubert_says_what_a_checkpoint_lacks(tmp_path):
-    from transformers import HubertConfig, Wav2Vec2Config
-
-    with pytest.raises(ValueError, match=r"no complete checkpoint.*download=True"):
-        encoders.load("hubert:nobody/no-such-model")
-    small_hubert().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no complete checkpoint .*preprocessor_config\.json"):
-        encoders.load(f"hubert:{tmp_path}")
-    write_preprocessor(tmp_path)
-    HubertConfig(**{**small_hubert().config.to_dict(), "num_hidden_layers": 3}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks 16 weights, such as 'encoder\.layers\.2\."):
-        encoders.load(f"hubert:{tmp_path}")
-    Wav2Vec2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"must hold a HuBERT model; its config\.json says 'wav2vec2'"):
-        encoders.load(f"hubert:{tmp_path}")
-
-
-def test_hubert_downloads_only_when_asked(monkeypatch):
-    import transformers
-
-    asked = []
-
-    def refuse(checkpoint, local_files_only):
-        asked.append((checkpoint, local_files_only))
-        raise OSError("not here")
-
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    for download in (False, True):
-        with pytest.raises(ValueError, match="no complete checkpoint"):
-            encoders.load("hubert:facebook/hubert-base-ls960", download=download)
-    assert asked == [("facebook/hubert-base-ls960", True), ("facebook/hubert-base-ls960", False)]
+# --- What all share
 
 
 def test_transformers_is_imported_only_for_its_models():
@@ -370,9 +243,6 @@ def test_transformers_is_imported_only_for_its_models():
         "e.load('hubert-demo'); assert 'transformers' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[1])
-
-
-# --- What all share
 
 
 @pytest.mark.parametrize("spec", ["ssam-demo", "hubert-demo"])
@@ -442,6 +312,86 @@ def test_registry():
     specs = encoders.available()
     assert "ssam-demo" in specs
     assert "hubert-demo" in specs
+    assert {"ssamba:FILE", "wavlm:FOLDER-OR-ID", "mms:FOLDER-OR-ID", "transformers:FOLDER-OR-ID"} <= set(specs)
     for spec in ("wavlm", "ssam:", "hubert:", "ssam-demo:x", ""):
         with pytest.raises(ValueError, match="`spec` must be one of ssam-demo, hubert-demo, ssam:FILE"):
             encoders.load(spec)
+
+
+# --- Frames and layers
+
+
+@pytest.mark.parametrize("spec", ["ssam-demo", "hubert-demo"])
+def test_frames_of_clips_of_different_lengths(spec):
+    encoder = encoders.load(spec)
+    batch, lengths = noise(3, 30_000), torch.tensor([9_000, 30_000, 21_000])
+    for row, length in zip(batch, lengths, strict=True):
+        row[length:] = math.nan
+    frames, counts = encoder.frames(batch, lengths)
+    assert frames.shape == (3, int(counts.max()), encoder.embedding_dim)
+    assert counts.dtype == torch.int64
+    for clip, length, row, count in zip(batch, lengths, frames, counts, strict=True):
+        assert worst(row[:count], encoder.timestamp_embeddings(clip[:length])) <= 1e-5
+        assert (row[count:] == 0).all()
+        assert abs(count - encoder.frame_rate * length / encoder.sample_rate) < 1.1
+    pooled = encoder.embed(batch, lengths)
+    for clip, length, row in zip(batch, lengths, pooled, strict=True):
+        assert worst(row, encoder.embed(clip[:length])) <= 1e-5
+    whole, counts = encoder.frames(batch[:, :9_000])
+    assert torch.equal(whole, encoder.timestamp_embeddings(batch[:, :9_000]))
+    assert counts.tolist() == [whole.shape[1]] * 3
+
+
+def test_frames_refuse_what_are_no_lengths():
+    encoder, batch = encoders.load("ssam-demo"), noise(2, 4_000)
+    for lengths in ([4_000], [4_000, 4_001], [-1, 4_000], [4_000.0, 1_000.0]):
+        with pytest.raises(ValueError, match="`lengths` must be 2 integers from 0 to 4000"):
+            encoder.frames(batch, lengths)
+    with pytest.raises(ValueError, match="at least 201 samples"):
+        encoder.frames(batch, [4_000, 0])
+    with pytest.raises(ValueError, match=r"`waveforms` must be a tensor \(batch, samples\)"):
+        encoder.frames(batch[0])
+
+
+@pytest.mark.parametrize("spec", ["ssam-demo", "hubert-demo"])
+def test_layers(spec):
+    encoder, waveform = encoders.load(spec), noise(2, 20_000)
+    states = encoder.hidden_states(waveform)
+    assert len(states) == encoder.n_layers + 1 == 3
+    assert torch.equal(states[-1], encoder.timestamp_embeddings(waveform))
+    prints = {encoder.fingerprint}
+    for layer, want in ((0, states[0]), (1, states[1]), (2, states[2]), (-2, states[1]), ("mean", sum(states) / 3)):
+        chosen = encoders.load(spec, layer=layer)
+        assert worst(chosen.embed(waveform), want.mean(1)) <= 1e-5 * want.abs().max().item()
+        assert torch.equal(encoders.load(f"{spec}#{layer}").embed(waveform), chosen.embed(waveform))
+        prints.add(chosen.fingerprint)
+    assert len(prints) == 5  # -2 is 1
+    for layer in (3, -4, "first", 1.0, True):
+        with pytest.raises(ValueError, match="`layer` must be one of last, mean, weighted, or an int from -3 to 2"):
+            encoder.use_layer(layer)
+    with pytest.raises(ValueError, match="given twice"):
+        encoders.load(f"{spec}#1", layer=2)
+
+
+@pytest.mark.parametrize("spec", ["ssam-demo", "hubert-demo"])
+def test_learned_layer_weights(spec):
+    encoder, waveform = encoders.load(spec, layer="weighted"), noise(1, 8_000)
+    assert [name for name, weight in encoder.named_parameters() if weight.requires_grad] == ["layer_weights"]
+    even = encoder.fingerprint
+    encoder.layer_weights.data.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    assert encoder.fingerprint != even
+    states = [state.detach() for state in encoder.hidden_states(waveform)]
+    shares = torch.tensor([0.5, -1.0, 2.0]).softmax(0)
+    want = sum(share * state for share, state in zip(shares, states, strict=True))
+    frames = encoder.timestamp_embeddings(waveform)
+    assert worst(frames.detach(), want) <= 1e-5 * want.abs().max().item()
+    frames.square().mean().backward()
+    assert (encoder.layer_weights.grad != 0).all()
+    assert encoder.use_layer("last").layer_weights is None
+
+
+@pytest.mark.parametrize(("spec", "rate"), [("ssam-demo", 25.0), ("hubert-demo", 50.0)])
+def test_encoders_state_what_they_are(spec, rate):
+    encoder = encoders.load(spec)
+    assert (encoder.sample_rate, encoder.frame_rate, encoder.n_layers) == (16_000, rate, 2)
+    assert "zero mean and unit" in encoder.normalisation
