@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import pickle
@@ -154,9 +155,13 @@ def test_code_in_a_pickle_is_not_executed(weights, where, legacy, tmp_path):
             main(["convert", str(path), str(tmp_path / f"{number}.safetensors")]) == (where not in ("args", "key")) * 2
         )
         assert not mark.exists()
-    if not legacy:
-        torch.load(path, weights_only=False)
-        assert mark.exists()  # the files do what they say when unpickled
+
+
+def test_those_pickles_do_execute_otherwise(tmp_path):
+    torch.save(Build(os.system, f"touch {tmp_path / 'executed'}"), tmp_path / "a.pth")
+    with contextlib.suppress(TypeError):
+        torch.load(tmp_path / "a.pth", weights_only=False)
+    assert (tmp_path / "executed").exists()
 
 
 def test_a_pickle_can_not_reach_the_reader():
@@ -170,10 +175,8 @@ def test_a_pickle_can_not_reach_the_reader():
         "cos\nx\n",
     ):
         for program in ("(dS'call'\nS'x'\nsb.", "(N(dS'call'\nS'x'\nstb.", "S'a'\nS'b'\ns.", "S'a'\na."):
-            try:
+            with contextlib.suppress(TypeError, AttributeError, pickle.UnpicklingError):
                 checkpoint._Unpickler(io.BytesIO((name + program).encode())).load()
-            except (TypeError, AttributeError, pickle.UnpicklingError):
-                pass
     for kind in (checkpoint._Inert, checkpoint._Function, checkpoint._StorageType, checkpoint._Dict):
         assert not hasattr(kind, "a")
     assert not vars(checkpoint._rebuild_tensor)
@@ -204,7 +207,7 @@ def test_tensors_keep_their_layout_and_types(tmp_path):
 
 def damaged(path: Path, content: bytes) -> str:
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="can't be read|no checkpoint") as caught:
+    with pytest.raises(ValueError, match="can't be read") as caught:
         encoders.load(f"ssam:{path}")
     assert str(path) in str(caught.value)
     return str(caught.value)
@@ -227,7 +230,7 @@ def test_it_says_what_is_wrong_with_a_file(weights, tmp_path):
         encoders.load(f"ssam:{tmp_path / 'nowhere.pth'}")
     with pytest.raises(ValueError, match="it is a folder"):
         encoders.load(f"ssam:{tmp_path}")
-    for content, got in (([1, 2], "got a list"), ({"a": 1}, "got a that are no tensors"), ({}, "got an empty one")):
+    for content, got in (([1, 2], "got a list"), ({"a": 1}, "got entries that are none: a"), ({}, "got an empty one")):
         torch.save(content, path)
         with pytest.raises(ValueError, match=f"must hold a dictionary of tensors, or one under 'model'; {got}"):
             encoders.load(f"ssam:{path}")

@@ -184,7 +184,10 @@ def test_interruption_is_no_error(monkeypatch, capsys):
     assert "run the command again to go on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["features"], ["train"], ["reproduce"], ["predict"], ["info"]])
+COMMANDS = ["demo", "features", "train", "reproduce", "predict", "convert", "info"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])

@@ -142,7 +142,7 @@ def test_models_of_features_are_refused(tmp_path):
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     WhisperModel(WhisperConfig(**sizes, **heads, vocab_size=60_000)).save_pretrained(tmp_path)
     write_preprocessor(tmp_path, feature_extractor_type="WhisperFeatureExtractor")
-    with pytest.raises(ValueError, match="must take waveforms.*got 'whisper', which takes 'input_features'"):
+    with pytest.raises(ValueError, match=r"must take waveforms.*got 'whisper', which takes 'input_features'"):
         encoders.load(f"transformers:{tmp_path}")
 
 

@@ -41,7 +41,10 @@ def load(spec: str, *, layer: str | int = "last", download: bool = False) -> Enc
             raise ValueError(f"encoders.load: `layer` is given twice: {layer!r} beside {spec!r}.")
         spec, layer = match["spec"], match["layer"]
         layer = layer if layer in ("last", "mean", "weighted") else int(layer)
-    return _load(spec, download).use_layer(layer)
+    encoder = _load(spec, download).use_layer(layer)
+    if layer != "last":
+        encoder.name += f"#{encoder.layer}"
+    return encoder
 
 
 def _load(spec: str, download: bool) -> Encoder:

@@ -298,7 +298,9 @@ def _read_legacy(file: BinaryIO) -> dict[str, Tensor]:
     for key in _Unpickler(file).load():
         numel = int.from_bytes(file.read(8), "little")
         if key not in storages or storages[key].numel != numel:
-            raise _Refused(f"it is damaged or truncated: a tensor of {numel} values is not the one wanted.")
+            raise _Refused(
+                f"it is damaged or truncated: a tensor of {numel} values is not the one wanted. {DOWNLOAD_AGAIN}"
+            )
         places[key] = file.tell()
         file.seek(numel * storages[key].dtype.itemsize, 1)
     if file.tell() > (size := file.seek(0, 2)):
@@ -322,6 +324,6 @@ def _tensors_of(content: Any, storages: Callable[[_Storage], bytes]) -> dict[str
             break
     others = [str(key) for key, value in content.items() if not isinstance(value, _LazyTensor)]
     if others or not content:
-        got = f"{', '.join(others[:8])} that are no tensors" if others else "an empty one"
+        got = f"entries that are none: {', '.join(others[:8])}" if others else "an empty one"
         raise _Refused(f"it must hold a dictionary of tensors, or one under 'model'; got {got}.")
     return {str(key): value.read(storages) for key, value in content.items()}
