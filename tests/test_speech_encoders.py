@@ -185,7 +185,7 @@ def test_every_family_is_transformers_own_model(tmp_path, family, norm):
     assert worst(encoder.timestamp_embeddings(waveform[None]), want.last_hidden_state) <= 1e-5
     states = encoder.hidden_states(waveform[None])
     assert len(states) == encoder.n_layers + 1 == 3
-    for got, state in zip(states, want.hidden_states, strict=True):
+    for got, state in zip(states, [*want.hidden_states[:-1], want.last_hidden_state], strict=True):
         assert worst(got, state) <= 1e-5
     assert encoder.normalisation == ("waveform of zero mean and unit variance" if norm == "layer" else "none")
     assert encoder.frame_rate == 50

@@ -144,7 +144,8 @@ class SpeechModel(Encoder):
         if mask is None:
             waveforms = self._normalised(waveforms)
         output = self.model(waveforms, attention_mask=mask, output_hidden_states=every)
-        return output.hidden_states if every else [output.last_hidden_state]
+        # Versions of transformers differ in whether the last of these has gone through a final norm: this one has.
+        return [*(output.hidden_states[:-1] if every else ()), output.last_hidden_state]
 
     def _normalised(self, waveforms: Tensor) -> Tensor:
         if not self.do_normalize:
