@@ -104,3 +104,18 @@ def test_the_cost_stays_finite_where_a_point_without_weight_is_nearest():
         if backends.why_not("sinkhorn_hadamard", backend, "cpu", FP32) is None:
             out = sinkhorn_hadamard(x, y, a=a, cost="sqeuclidean", cost_scale=0.7, eps=0.01, n_iters=2, backend=backend)
             assert torch.isfinite(out.cost).all()
+
+
+@everywhere
+@pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean"])
+def test_distances_are_finite_up_to_the_square_root_of_the_range_and_an_overflow_stays_in_its_problem(
+    backend, device, cost
+):
+    arguments = to(problem("plain", (3, 5, 6, 4), FP32), device) | {"cost": cost, "backend": backend}
+    plain = op(**arguments)
+    factors = torch.tensor([1.0, 1e18, 1e20], device=device)[:, None, None]
+    out = op(**arguments | {side: arguments[side] * factors for side in ("x", "y")})
+    assert_close(out["plan"][1], plain["plan"][1], "sinkhorn", "plan of large points", scale=10)
+    assert not torch.isfinite(out["plan"][2]).all()
+    for name, value in out.items():
+        assert torch.equal(value[0], plain[name][0]), name

@@ -393,6 +393,20 @@ def test_inputs_are_left_as_they_are():
 # Symmetries
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("sizes", [(3, 5, 6, 4), (1, 1, 1, 1)])
+def test_results_and_gradients_share_no_memory(sizes, gradient):
+    arguments = problem("everything", sizes, FP64)
+    leaves = {n: t.requires_grad_() for n, t in arguments.items() if n in INPUTS and isinstance(t, Tensor)}
+    out = list(sinkhorn_hadamard(**arguments, gradient=gradient, return_plan=True))
+    differentiable = [t for t in out if t.requires_grad]
+    given = [torch.ones_like(t) for t in differentiable]
+    gradients = torch.autograd.grad(differentiable, list(leaves.values()), given, allow_unused=True)
+    tensors = [*leaves.values(), *out, *given, *(t for t in gradients if t is not None)]
+    storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+    assert len(set(storages)) == len(storages)
+
+
 def test_swapping_the_sides_when_converged():
     arguments = problem({"a": True, "b": True, "eps": 0.3, "tol": 1e-14, "n_iters": 5000}, SIZES, FP64)
     one, other = op(**arguments), op(**arguments | dict(zip("xyab", (arguments[n] for n in "yxba"), strict=True)))

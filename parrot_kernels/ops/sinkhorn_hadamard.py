@@ -125,7 +125,8 @@ def sinkhorn_hadamard(
     ``torch.compile(fullgraph=True)``, ``torch.vmap``, ``torch.func.grad`` and checkpointing work; forward-mode
     differentiation raises RuntimeError.
     Values (lengths, weights, eps) are checked on CPU tensors only, where reading them does not stall a device. A NaN
-    or infinity among the valid inputs reaches the outputs of its own problem only.
+    or infinity among the valid inputs reaches the outputs of its own problem only; so does an overflow, of squared
+    distances (also for "euclidean") or lengths in the compute dtype: in fp32, of points beyond about 1e18.
 
     Raises:
         ValueError: a shape, a device or a value.
