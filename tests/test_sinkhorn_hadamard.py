@@ -390,9 +390,6 @@ def test_inputs_are_left_as_they_are():
         assert torch.equal(value, before[name]) if isinstance(value, Tensor) else value == before[name]
 
 
-# Symmetries
-
-
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("sizes", [(3, 5, 6, 4), (1, 1, 1, 1)])
 def test_results_and_gradients_share_no_memory(sizes, gradient):
@@ -405,6 +402,9 @@ def test_results_and_gradients_share_no_memory(sizes, gradient):
     tensors = [*leaves.values(), *out, *given, *(t for t in gradients if t is not None)]
     storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
     assert len(set(storages)) == len(storages)
+
+
+# Symmetries
 
 
 def test_swapping_the_sides_when_converged():
