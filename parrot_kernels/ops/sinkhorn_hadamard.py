@@ -95,7 +95,8 @@ def sinkhorn_hadamard(
             vector), or a tensor (B, N, M) or (N, M).
         cost_scale: the cost is divided by this number, or for "max" by the largest valid cost of its own problem (at
             least 1e-8), which is a constant to the gradient. C is the result.
-        eps: regularisation in units of C: a positive number or a tensor, () or (B,).
+        eps: regularisation in units of C: a positive number or a tensor, () or (B,). Where eps is below the rounding of
+            C gradients are rounding errors times 1 / eps; below 1e-10 in fp32 they may be NaN.
         n_iters: iterations, each one update of f and one of g.
         tol: a problem stops by itself after the first iteration whose error (see `SinkhornHadamardOutput`) is at
             most tol; nothing else of the batch matters to it.
