@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from parrot.fusion import FUSIONS, build_fusion
 
 HEADS = ("fcn", "cnn")
+TRANSPORTS = ("batch", "reference")
 # The named systems, in the order of the comparison table: a trailing number is the encoder of a single-encoder one.
 SYSTEMS = ("fcn-0", "fcn-1", "cnn-0", "cnn-1", "concat", "hadamard", "ot", "parrot")
 
@@ -32,6 +34,10 @@ class ParrotConfig:
         eps: entropic regularisation, in units of the largest cost of the batch.
         n_iters: Sinkhorn iterations, always all of them.
         gradient: "detached" (the paper: the plan is a constant), "unrolled" or "implicit".
+        reach: relaxes the marginals (unbalanced transport), in units of the largest cost; None (the paper) does not.
+        transport: "batch" (the paper: the rows of a batch are the points), or "reference": so only in training; in
+            evaluation each row is transported among ``reference_size`` stored rows, whatever shares its batch.
+        reference_size: rows of the reference set; 31 give problems of the size of the paper's batches.
     """
 
     fusion: str = "parrot"
@@ -42,15 +48,30 @@ class ParrotConfig:
     eps: float = 0.05
     n_iters: int = 50
     gradient: str = "detached"
+    reach: float | None = None
+    transport: str = "batch"
+    reference_size: int = 31
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"ParrotConfig: `fusion` must be one of {', '.join(FUSIONS)}; got {self.fusion!r}.")
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"ParrotConfig: `transport` must be one of {', '.join(TRANSPORTS)}; got {self.transport!r}."
+            )
 
     @classmethod
     def paper(cls) -> ParrotConfig:
         """The configuration of arXiv 2506.01138, where the paper is silent that of its reimplementation."""
         return cls()
+
+
+# Systems beyond the paper, each a single change to its configuration.
+VARIANTS = {
+    "parrot-unrolled": ParrotConfig(gradient="unrolled"),
+    "parrot-unbalanced": ParrotConfig(reach=0.5),
+    "parrot-reference": ParrotConfig(transport="reference"),
+}
 
 
 class EmbeddingCNN(nn.Sequential):
@@ -109,7 +130,13 @@ class Parrot(nn.Module):
         self.config, self.dims = config, tuple(dims)
         cnns = [EmbeddingCNN(dim, config.filters) for dim in dims]
         self.streams = nn.ModuleList(nn.Sequential(cnn, nn.Linear(cnn.width, config.projection)) for cnn in cnns)
-        self.fusion = build_fusion(config.fusion, eps=config.eps, n_iters=config.n_iters, gradient=config.gradient)
+        self.fusion = build_fusion(
+            config.fusion, eps=config.eps, n_iters=config.n_iters, reach=config.reach, gradient=config.gradient
+        )
+        if config.transport == "reference":
+            for k, dim in enumerate(dims):
+                self.register_buffer(f"reference_{k}", torch.zeros(config.reference_size, dim))
+            self.register_buffer("reference_is_set", torch.tensor(False))
         self.classifier = Classifier(self.fusion.width(config.projection), n_classes, config)
 
     def project(self, *features: Tensor) -> list[Tensor]:
@@ -127,11 +154,50 @@ class Parrot(nn.Module):
         Raises:
             ValueError: another number of tensors, other widths, or unequal numbers of rows.
         """
-        return self.classifier(self.fusion(*self.project(*features)))
+        streams = self.project(*features)
+        if self._among_references:
+            return self.classifier(self.fusion(*self._with_references(streams))[:, 0])
+        return self.classifier(self.fusion(*streams))
 
     def plan(self, *features: Tensor) -> Tensor | None:
-        """The transport plan (B, B) of a batch; None for a fusion without transport."""
-        return self.fusion.plan(*self.project(*features)) if self.fusion.solves_transport else None
+        """The transport plan (B, B) of a batch; None for a fusion without transport.
+
+        With ``transport="reference"``, in evaluation, the plans (B, 1 + R, 1 + R) of each row, first, with R others.
+        """
+        if not self.fusion.solves_transport:
+            return None
+        streams = self.project(*features)
+        return self.fusion.plan(*(self._with_references(streams) if self._among_references else streams))
+
+    def set_reference(self, *features: Tensor) -> None:
+        """Store the rows that evaluation transports among: one (reference_size, d_k) tensor per encoder.
+
+        Raises:
+            ValueError: the configuration has no reference set, or other shapes.
+        """
+        if self.config.transport != "reference":
+            raise ValueError("Parrot.set_reference: `transport` must be 'reference' in the configuration; got 'batch'.")
+        wanted = [(self.config.reference_size, dim) for dim in self.dims]
+        if (got := [tuple(x.shape) for x in features]) != wanted:
+            raise ValueError(f"Parrot.set_reference: `features` must be of shapes {wanted}; got {got}.")
+        for k, x in enumerate(features):
+            getattr(self, f"reference_{k}").copy_(x)
+        self.reference_is_set.fill_(True)
+
+    @property
+    def _among_references(self) -> bool:
+        return self.config.transport == "reference" and not self.training
+
+    def _with_references(self, streams: list[Tensor]) -> list[Tensor]:
+        """(B, 1 + R, projection): one problem per row, the row first."""
+        if not self.reference_is_set:
+            raise RuntimeError(
+                "Parrot: there is no reference set yet. Call `set_reference` with rows of training data."
+            )
+        stored = self.project(*(getattr(self, f"reference_{k}") for k in range(len(self.dims))))
+        return [
+            torch.cat([x[:, None], others.expand(len(x), -1, -1)], 1) for x, others in zip(streams, stored, strict=True)
+        ]
 
 
 class SingleEncoderClassifier(nn.Module):
@@ -171,7 +237,7 @@ def build(name: str, dims: Sequence[int], n_classes: int) -> nn.Module:
     """A named system of :data:`SYSTEMS`, in the paper's configuration; every one takes ``model(*features)``.
 
     Args:
-        name: "fcn-K" or "cnn-K" (encoder K alone), "concat", "hadamard", "ot" or "parrot".
+        name: "fcn-K" or "cnn-K" (encoder K alone), "concat", "hadamard", "ot" or "parrot"; or one of :data:`VARIANTS`.
         dims: embedding widths of all encoders.
         n_classes: number of classes.
 
@@ -179,12 +245,14 @@ def build(name: str, dims: Sequence[int], n_classes: int) -> nn.Module:
         ValueError: an unknown name, or an encoder that ``dims`` lacks.
     """
     head, _, number = name.partition("-")
+    if name in VARIANTS:
+        return Parrot(dims, n_classes, VARIANTS[name])
     if name in FUSIONS:
         return Parrot(dims, n_classes, ParrotConfig(fusion=name))
     if head not in HEADS or not number.isdigit() or int(number) >= len(dims):
         raise ValueError(
-            f"model.build: `name` must be one of {', '.join(SYSTEMS)}, of an encoder among the {len(dims)} given; "
-            f"got {name!r}."
+            f"model.build: `name` must be one of {', '.join((*SYSTEMS, *VARIANTS))}, of an encoder among the {len(dims)} "
+            f"given; got {name!r}."
         )
     return SingleEncoderClassifier(dims[int(number)], n_classes, head, encoder=int(number))
 

@@ -27,8 +27,11 @@ FUSION_TITLES = {
     "hadamard": "Hadamard only",
     "ot": "OT only",
     "parrot": "PARROT",
+    "parrot-unrolled": "PARROT, gradient through the plan",
+    "parrot-unbalanced": "PARROT, unbalanced transport",
+    "parrot-reference": "PARROT, transport among references",
 }
-TRANSPORTS = ("parrot", "ot")  # systems whose predictions depend on the batch
+TRANSPORTS = ("parrot", "ot", "parrot-unrolled", "parrot-unbalanced")  # systems whose predictions depend on the batch
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,9 @@ def train(
         model.to(device)
         data = [torch.as_tensor(np.asarray(f, dtype=np.float32), device=device) for f in features]
         targets = torch.as_tensor(np.asarray(labels, dtype=np.int64), device=device)
+        if getattr(getattr(model, "config", None), "transport", None) == "reference":
+            chosen = _reference_rows(fold.train, model.config.reference_size, seed)
+            model.set_reference(*(d[torch.as_tensor(chosen, device=device)] for d in data))
         history, best_epoch = _fit(model, data, targets, fold, config, seed)
         test = [d[torch.as_tensor(np.asarray(fold.test, dtype=np.int64), device=device)] for d in data]
         if len(fold.test):
@@ -227,6 +230,28 @@ def _fit(
     return history, best_epoch
 
 
+def _reference_rows(train: np.ndarray, size: int, seed: int) -> np.ndarray:
+    if len(train) < size:
+        raise ValueError(f"train: `fold.train` must have {size} rows for the reference set; got {len(train)}.")
+    return np.random.default_rng(seed).choice(np.asarray(train, dtype=np.int64), size=size, replace=False)
+
+
+def batch_sensitivity(
+    model: nn.Module, features: Sequence[np.ndarray], batch_size: int = 32, orders: int = 5, seed: int = 0
+) -> float:
+    """Share of rows whose predicted class is not the same in every one of ``orders`` random orders of the rows.
+
+    0 for a model whose prediction of a row does not depend on the rows that share its batch.
+    """
+    random, found = np.random.default_rng(seed), []
+    for _ in range(orders):
+        order = random.permutation(len(features[0]))
+        predictions = np.empty(len(order), dtype=np.int64)
+        predictions[order] = predict(model, [f[order] for f in features], batch_size).argmax(axis=1)
+        found.append(predictions)
+    return float((np.stack(found) != found[0]).any(axis=0).mean())
+
+
 def transport_plan(model: nn.Module, batch: Sequence[Tensor]) -> np.ndarray | None:
     """(b, b) plan of one batch, None for a model without transport."""
     plan_of = getattr(model, "plan", None)
@@ -235,7 +260,7 @@ def transport_plan(model: nn.Module, batch: Sequence[Tensor]) -> np.ndarray | No
     model.eval()
     with torch.no_grad():
         plan = plan_of(*batch)
-    return None if plan is None else plan.float().cpu().numpy().reshape(len(batch[0]), -1)
+    return None if plan is None or plan.dim() > 2 else plan.float().cpu().numpy().reshape(len(batch[0]), -1)
 
 
 def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> None:

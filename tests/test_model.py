@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from parrot import Parrot, ParrotConfig, SingleEncoderClassifier
 from parrot.fusion import FUSIONS, build_fusion
-from parrot.model import SYSTEMS, build
+from parrot.model import SYSTEMS, VARIANTS, build
 
 DIMS = (37, 20)
 CLASSES = 4
@@ -208,6 +208,58 @@ def test_identical_rows_keep_everything_finite():
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 
+def with_reference():
+    torch.manual_seed(0)
+    model = build("parrot-reference", DIMS, CLASSES).double()
+    model.set_reference(*batch(31))
+    return model.eval()
+
+
+def test_a_reference_set_makes_a_row_independent_of_its_batch():
+    model, features = with_reference(), batch(8)
+    logits = model(*features)
+    for k in range(8):
+        alone = model(*(x[k : k + 1] for x in features))
+        assert (logits[k] - alone[0]).abs().max() <= 1e-12
+    other = build("parrot-reference", DIMS, CLASSES).double().eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(*features), logits)
+    assert model(*(x[:0] for x in features)).shape == (0, CLASSES)
+
+
+def test_transport_among_references_is_that_of_a_batch_of_them():
+    model, features = with_reference(), batch(2)
+    paper = build("parrot", DIMS, CLASSES).double().eval()
+    paper.load_state_dict({k: w for k, w in model.state_dict().items() if not k.startswith("reference")})
+    stored = [model.reference_0, model.reference_1]
+    for k in range(2):
+        joined = [torch.cat([x[k : k + 1], others]) for x, others in zip(features, stored, strict=True)]
+        assert (model(*features)[k] - paper(*joined)[0]).abs().max() <= 1e-12
+        assert (model.plan(*features)[k] - paper.plan(*joined)).abs().max() <= 1e-12
+    model.train()
+    paper.train()
+    model.classifier[2].p = paper.classifier[2].p = 0.0
+    assert torch.equal(model(*features), paper(*features))  # training is the paper's
+
+
+def test_variants_change_one_thing_each():
+    features = batch(16)
+    torch.manual_seed(0)
+    paper = build("parrot", DIMS, CLASSES).double().eval()
+    weights = paper.state_dict()
+    loss = F.cross_entropy(paper(*features), torch.arange(16) % CLASSES)
+    gradient = torch.autograd.grad(loss, paper.streams[0][1].weight)[0]
+    for name in VARIANTS:
+        model = build(name, DIMS, CLASSES).double().eval()
+        model.load_state_dict(weights, strict=False)
+        if name == "parrot-reference":
+            model.set_reference(*batch(31))
+        logits = model(*features)
+        assert torch.equal(logits, paper(*features)) == (name == "parrot-unrolled")
+        loss = F.cross_entropy(logits, torch.arange(16) % CLASSES)
+        assert (torch.autograd.grad(loss, model.streams[0][1].weight)[0] - gradient).abs().max() > 1e-9
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -217,6 +269,12 @@ def test_identical_rows_keep_everything_finite():
         (lambda: Parrot((37,), 4), r"widths of two encoders; got \[37\]"),
         (lambda: Parrot((37, 3), 4), "`dim` must be at least 4, two poolings halve it; got 3"),
         (lambda: ParrotConfig(fusion="sum"), "`fusion` must be one of concat, hadamard, ot, parrot; got 'sum'"),
+        (lambda: ParrotConfig(transport="all"), "`transport` must be one of batch, reference; got 'all'"),
+        (lambda: Parrot(DIMS, 4).set_reference(*batch(31)), "`transport` must be 'reference'"),
+        (
+            lambda: build("parrot-reference", DIMS, 4).set_reference(*batch(3)),
+            r"shapes \[\(31, 37\), \(31, 20\)\]; got",
+        ),
         (lambda: build_fusion("sum"), "`name` must be one of concat, hadamard, ot, parrot; got 'sum'"),
         (lambda: SingleEncoderClassifier(8, 4, "mlp"), "`head` must be one of fcn, cnn; got 'mlp'"),
         (lambda: Parrot(DIMS, 4)(torch.zeros(2, 37)), "wanted 2 feature tensors, one per encoder; got 1"),
@@ -239,6 +297,11 @@ def test_identical_rows_keep_everything_finite():
 def test_what_is_wrong_is_said(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_reference_set_must_be_there():
+    with pytest.raises(RuntimeError, match="no reference set yet"):
+        build("parrot-reference", DIMS, CLASSES).double().eval()(*batch(2))
 
 
 def test_fusions_are_the_parts_of_one_module():

@@ -262,8 +262,8 @@ def test_the_command_ends_and_prints_every_row(tmp_path, capsys):
     corpus = make_tree("crema-d", tmp_path / "corpus", limit=3 * 82, seconds=0.1)
     command = [
         "reproduce", "table2", "--corpus", f"crema-d:{corpus}", "--encoders", "ssam-demo",
-        "hubert-demo", "mms=hubert-demo", "--seeds", "1", "--folds", "3", "--epochs", "1", "--jobs", "1", "--device", "cpu",
-        "--output", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"),
+        "hubert-demo", "mms=hubert-demo", "--seeds", "1", "--folds", "3", "--epochs", "1", "--jobs", "1",
+        "--device", "cpu", "--output", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"),
     ]  # fmt: skip
     assert main(command) == 0
     out = capsys.readouterr().out
