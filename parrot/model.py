@@ -251,8 +251,8 @@ def build(name: str, dims: Sequence[int], n_classes: int) -> nn.Module:
         return Parrot(dims, n_classes, ParrotConfig(fusion=name))
     if head not in HEADS or not number.isdigit() or int(number) >= len(dims):
         raise ValueError(
-            f"model.build: `name` must be one of {', '.join((*SYSTEMS, *VARIANTS))}, of an encoder among the {len(dims)} "
-            f"given; got {name!r}."
+            f"model.build: `name` must be one of {', '.join((*SYSTEMS, *VARIANTS))}, of an encoder among the "
+            f"{len(dims)} given; got {name!r}."
         )
     return SingleEncoderClassifier(dims[int(number)], n_classes, head, encoder=int(number))
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from parrot.model import build
 from parrot.training import (
     TrainingConfig,
+    batch_sensitivity,
     load_checkpoint,
     predict,
     save_checkpoint,
@@ -256,3 +258,24 @@ def test_checkpoint_refuses_what_does_not_belong_together(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         load_checkpoint(folder)
+
+
+def test_the_reference_set_is_of_training_rows_and_frees_from_the_batch():
+    features, labels = make_data()
+    features = [np.tile(f, (1, 3)) for f in features]
+    fold, config = make_fold(), TrainingConfig(epochs=2, device="cpu")
+    torch.manual_seed(0)
+    model, paper = build("parrot-reference", (12, 9), CLASSES), build("parrot", (12, 9), CLASSES)
+    result = train(model, features, labels, fold, config, seed=3)
+    rows = {row.tobytes() for row in features[0][fold.train]}
+    assert all(row.tobytes() in rows for row in model.reference_0.numpy())
+    assert result.plan is None
+    one_by_one = predict(model, [f[fold.test] for f in features], batch_size=1)
+    assert np.abs(one_by_one - result.test_logits).max() < 1e-4
+    again = build("parrot-reference", (12, 9), CLASSES)
+    again.load_state_dict(model.state_dict())
+    assert batch_sensitivity(again, features) == 0.0
+    train(paper, features, labels, fold, config, seed=3)
+    assert 0.0 < batch_sensitivity(paper, features) < 1.0
+    with pytest.raises(ValueError, match="must have 31 rows for the reference set; got 20"):
+        train(build("parrot-reference", (12, 9), CLASSES), features, labels, make_fold(train=20), config)

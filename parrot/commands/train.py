@@ -19,7 +19,9 @@ from .options import (
 
 DESCRIPTION = """\
 Cross-validate systems on a corpus over speaker-disjoint folds, report, and train one of them on all speakers as a
-model for `parrot predict`. The systems: fcn-K and cnn-K (encoder K alone, from 0), concat, hadamard, ot, parrot."""
+model for `parrot predict`. The systems: fcn-K and cnn-K (encoder K alone, from 0), concat, hadamard, ot, parrot.
+Beyond the paper: parrot-unrolled (gradient through the plan), parrot-unbalanced, and parrot-reference (a prediction
+does not depend on the other clips of its batch: each clip is transported among stored training clips)."""
 
 EXAMPLES = """\
 examples:
