@@ -76,8 +76,10 @@ def find(encoders: tuple[str, ...], system: str, corpus: str) -> PublishedRow | 
 def role(spec: str, embedding_dim: int) -> str | None:
     """The key in :data:`ENCODERS` of the encoder that ``spec`` loads, by its kind, name and width; None if unknown.
 
-    The demo encoders stand in for the two of the paper's best pair.
+    The demo encoders stand in for the two of the paper's best pair. A spec with a layer is none of the paper's.
     """
+    if "#" in spec:
+        return None
     kind, _, checkpoint = spec.partition(":")
     if kind == "ssam-demo":
         return "audio-mamba-base"

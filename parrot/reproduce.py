@@ -46,7 +46,7 @@ TITLES = {
     "parrot": "PARROT",
 }
 SPLITS = ("speaker", "stratified")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._#-]*")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ def rows_of(table: str, streams: Sequence[Stream]) -> tuple[Row, ...]:
     names = [stream.name for stream in streams]
     for name in names:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"reproduce: an encoder's name is of letters, digits, '.', '_' and '-'; got {name!r}.")
+            raise ValueError(
+                f"reproduce: an encoder's name is of letters, digits, '.', '_', '#' and '-'; got {name!r}."
+            )
         if names.count(name) > 1:
             raise ValueError(f"reproduce: two encoders are called {name!r}. Name one of them: --encoders NAME=SPEC.")
     if table == "table1":

@@ -234,6 +234,9 @@ def test_published_figures():
         ("hubert:/models/wavlm/mms-1b/", 1280, "mms"),
         ("transformers:microsoft/unispeech-sat-base", 768, "unispeech-sat"),
         ("transformers:someone/whisper", 768, None),
+        ("mms:facebook/mms-1b", 1280, "mms"),
+        ("wavlm:microsoft/wavlm-base#9", 768, None),
+        ("ssamba:/models/base.pth", 768, None),
     ],
 )
 def test_roles_follow_from_specs(spec, dim, role):

@@ -67,11 +67,15 @@ def run_experiment(
     print(f"Model    {model} ({experiment.title(final)}, trained on all speakers)")
 
 
+def _is_random(spec: str) -> bool:
+    return spec.partition("#")[0].endswith("-demo")  # whichever layer is taken
+
+
 def encoder_facts(specs: Sequence[str], encoders: Sequence[Encoder]) -> tuple[EncoderFacts, ...]:
     from parrot.report import EncoderFacts
 
     return tuple(
-        EncoderFacts(spec, encoder.name, encoder.embedding_dim, encoder.fingerprint, random=spec.endswith("-demo"))
+        EncoderFacts(spec, encoder.name, encoder.embedding_dim, encoder.fingerprint, random=_is_random(spec))
         for spec, encoder in zip(specs, encoders, strict=True)
     )
 
