@@ -8,9 +8,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from parrot.commands import convert, demo, features, info, predict, reproduce, train
+from parrot.commands import convert, corpora, demo, features, info, predict, reproduce, train
 
-COMMANDS = (demo, features, train, reproduce, predict, convert, info)
+COMMANDS = (demo, corpora, features, train, reproduce, predict, convert, info)
 
 DESCRIPTION = """\
 Speech emotion recognition with two encoders, fused by optimal transport and products (PARROT,

@@ -11,16 +11,17 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from parrot.corpora.splits import Fold, assert_no_leakage_in
 from parrot.files import write_atomically
 from parrot.training import (
     TrainingConfig,
@@ -31,9 +32,6 @@ from parrot.training import (
     train,
 )
 from parrot.workers import run_all, usable_cores
-
-if TYPE_CHECKING:
-    from parrot.corpora.splits import Fold
 
 METRICS = ("wa", "ua", "macro_f1")
 FORMAT = 1  # of stored results; raise it when a change to training makes them out of date
@@ -182,6 +180,7 @@ def cross_validate(
     store: str | Path | None = None,
     build: Build | None = None,
     progress: bool = True,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> CrossValidation:
     """Train and test every system on every fold.
 
@@ -199,9 +198,12 @@ def cross_validate(
         build: ``build(name, dims, n_classes)`` gives the model; ``parrot.model.build`` by default. A module-level
             function, so that workers can import it.
         progress: show a progress bar.
+        groups: what train, validation and test must not share, such as ``{"speaker": corpus speakers,
+            "recording": file hashes}``, (n,) each; checked for every fold before anything is trained.
 
     Raises:
-        ValueError: if there is no system or fold, a class index has no name, or the training data are bad.
+        ValueError: if there is no system or fold, a class index has no name, the training data are bad, or a fold
+            leaks.
     """
     if build is None:
         from parrot.model import build
@@ -212,6 +214,10 @@ def cross_validate(
             f"cross_validate: `labels` must be indices into `label_names` (0 to {len(label_names) - 1}); "
             f"got {np.min(labels)} to {np.max(labels)}."
         )
+    for what, values in (groups or {}).items():
+        if len(values) != len(labels):
+            raise ValueError(f"cross_validate: `groups[{what!r}]` must have {len(labels)} values; got {len(values)}.")
+    assert_no_leakage_in(folds, groups or {})
     config = config or TrainingConfig()
     task = Task(tuple(features), labels, len(label_names), tuple(folds), config, seed, build)
     store = None if store is None else Path(store)
@@ -256,8 +262,6 @@ def final_fold(speakers: Sequence[str], index: int, seed: int = 0, validation_fr
 
     The validation speakers are drawn as those of a cross-validation's fold ``index`` are.
     """
-    from parrot.corpora.splits import Fold
-
     speakers = np.asarray(speakers, dtype=str)
     names = np.unique(speakers)
     count = max(1, round(validation_fraction * len(names)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 FORMAT = "v1"  # part of the folder name: a change in how recordings are read or kept starts a new cache
 FLUSH_SECONDS = 3.0
 LOCK_SECONDS = 60.0
+_SHARD_NUMBER = re.compile(r"shard-(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class FeatureTable:
         indices: (n,) int64, ascending; row i belongs to ``corpus.utterances[indices[i]]``.
         failures: path and reason of each utterance that could not be embedded.
         reused: how many rows were in the cache already.
+        hashes: the SHA-256 of the audio file of each row, in hex: one value for recordings that are the same.
     """
 
     values: np.ndarray
     indices: np.ndarray
     failures: list[tuple[Path, str]]
     reused: int
+    hashes: tuple[str, ...] = ()
 
 
 class FeatureCache:
@@ -64,6 +68,7 @@ class FeatureCache:
 
     Raises:
         RuntimeError: another process holds the lock for a minute.
+        OSError: the folder can't be made, read or written; the disk is full. What is in the cache stays.
     """
 
     def __init__(self, cache_dir: str | os.PathLike, fingerprint: str, dim: int):
@@ -71,9 +76,10 @@ class FeatureCache:
         self._fingerprint, self._dim = fingerprint, dim
         self._rows: dict[bytes, np.ndarray] = {}
         self._seen: set[str] = set()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._explained("use"):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock", timeout=LOCK_SECONDS)
-        with self._locked():
+        with self._locked(), self._explained("read"):
             for stale in self.folder.glob(".*.tmp"):  # files are only written under the lock
                 stale.unlink()
             self._refresh()
@@ -88,7 +94,7 @@ class FeatureCache:
         """Write the embeddings ``rows`` (SHA-256 digest -> (dim,) float32) that no process has added yet."""
         if not rows:
             return
-        with self._locked():
+        with self._locked(), self._explained("write to"):
             self._refresh()
             new = {key: row for key, row in rows.items() if key not in self._rows}
             if not new:
@@ -96,15 +102,30 @@ class FeatureCache:
             keys = np.frombuffer(b"".join(new), np.uint8).reshape(-1, 32)
             values = np.stack(list(new.values())).astype(np.float32, copy=False)
             metadata = {"fingerprint": self._fingerprint, "sha256": _checksum(keys, values)}
-            taken = (int(path.name.split(".")[0].removeprefix("shard-")) for path in self.folder.glob("shard-*"))
-            name = f"shard-{max(taken, default=0) + 1:06d}.safetensors"
+            taken = (_SHARD_NUMBER.match(path.name) for path in self.folder.glob("shard-*"))
+            name = f"shard-{max((int(match[1]) for match in taken if match), default=0) + 1:06d}.safetensors"
             write_atomically(self.folder / name, save({"keys": keys, "values": values}, metadata))
             self._seen.add(name)
             self._rows.update(new)
 
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        """Say of an error of the system which cache it is about and that nothing in it is lost."""
+        try:
+            yield
+        except Timeout:  # an OSError too, which is explained elsewhere
+            raise
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"features: can't {doing} the cache {self.folder}: {error.strerror or error}. What it holds is kept; "
+                "make room or use another cache folder, and run again",
+            ) from error
+
     def _locked(self):
         try:
-            return self._lock.acquire()
+            with self._explained("lock"):
+                return self._lock.acquire()
         except Timeout:
             raise RuntimeError(
                 f"features: another process has held the lock of {self.folder} for {LOCK_SECONDS:g} s: "
@@ -140,6 +161,8 @@ class FeatureCache:
             keys, values = file.get_tensor("keys"), file.get_tensor("values")
         if metadata.get("fingerprint") != self._fingerprint:
             raise ValueError("it belongs to another encoder")
+        if keys.dtype != np.uint8 or values.dtype != np.float32:
+            raise ValueError(f"unexpected types {keys.dtype} and {values.dtype}")
         if keys.shape != (len(values), 32) or values.shape != (len(keys), self._dim):
             raise ValueError(f"unexpected shapes {keys.shape} and {values.shape}")
         if metadata.get("sha256") != _checksum(keys, values):
@@ -167,6 +190,7 @@ def extract(corpus: Corpus, encoder: Encoder, cache_dir: str | os.PathLike, prog
     Raises:
         ValueError: the encoder is in training mode, gives embeddings of a wrong shape, or every utterance failed.
         RuntimeError: another process holds the cache's lock for a minute.
+        OSError: the cache can't be read or written, because the disk is full, say; what it holds is kept.
     """
     from tqdm.auto import tqdm
 
@@ -208,7 +232,8 @@ def extract(corpus: Corpus, encoder: Encoder, cache_dir: str | os.PathLike, prog
             raise ValueError(f"features.extract: {summary}")
         warnings.warn(f"features.extract: {summary}", stacklevel=2)
     values = np.stack([cache[key] for key in keys])
-    return FeatureTable(values, np.array(indices, dtype=np.int64), failures, reused)
+    hashes = tuple(key.hex() for key in keys)
+    return FeatureTable(values, np.array(indices, dtype=np.int64), failures, reused, hashes)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -265,6 +269,88 @@ def test_a_shard_of_another_encoder_is_not_believed(corpus, cache):
     (own / "shard-000001.safetensors").write_bytes((other / "shard-000001.safetensors").read_bytes())
     with pytest.warns(RuntimeWarning, match="belongs to another encoder"):
         assert run(corpus, cache).values.tobytes() == first.values.tobytes()
+
+
+def test_other_files_in_the_folder_do_no_harm(corpus, cache):
+    first = run(corpus, cache)
+    folder = shards(cache)[0].parent
+    (folder / "shard-mine.safetensors").write_bytes(b"someone else's")
+    with pytest.warns(RuntimeWarning, match="corrupt shard set aside as .*shard-mine.safetensors.corrupt"):
+        assert run(corpus, cache).values.tobytes() == first.values.tobytes()
+    grown = make_corpus(corpus.root, 14)
+    assert run(grown, cache).reused == 12
+    assert [path.name for path in shards(cache)] == ["shard-000001.safetensors", "shard-000002.safetensors"]
+
+
+def test_a_shard_of_other_types_is_not_believed(corpus, cache):
+    first = run(corpus, cache)
+    shard = shards(cache)[0]
+    with safe_open(shard, "numpy") as file:
+        metadata = file.metadata()
+    tensors = load_file(shard)
+    save_file({**tensors, "values": tensors["values"].astype(np.float64)}, shard, metadata)
+    with pytest.warns(RuntimeWarning, match="unexpected types uint8 and float64"):
+        assert run(corpus, cache).values.tobytes() == first.values.tobytes()
+
+
+def fill_the_disk(monkeypatch, after: int) -> None:
+    """Let all writes after the first few fail as on a full disk, halfway through the file."""
+    done, sync = [], os.fsync
+
+    def fsync(descriptor):
+        done.append(descriptor)
+        if len(done) > after:
+            os.ftruncate(descriptor, 50)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_is_told_and_loses_nothing(corpus, cache, monkeypatch):
+    monkeypatch.setattr(features, "FLUSH_SECONDS", -1.0)  # a shard for each clip
+    with monkeypatch.context() as full:
+        fill_the_disk(full, after=5)
+        with pytest.raises(
+            OSError, match=r"can't write to the cache .*: No space left on device. What it holds is kept"
+        ) as e:
+            run(corpus, cache)
+    assert e.value.errno == errno.ENOSPC
+    assert len(shards(cache)) == 5
+    assert not list(cache.glob("*/.*.tmp"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = run(corpus, cache)
+    assert table.reused == 5
+    np.testing.assert_array_equal(table.values, direct(corpus))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_writing_to_a_device_that_is_full(corpus, cache, monkeypatch):
+    """The system's own ENOSPC, from a temporary file that leads to /dev/full."""
+    cached = FeatureCache(cache, "f" * 32, 3)
+    temporary = cached.folder / f".shard-000001.safetensors.{os.getpid()}.tmp"
+    temporary.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        cached.add({bytes(32): np.ones(3, np.float32)})
+    assert shards(cache) == []
+    cached.add({bytes(32): np.ones(3, np.float32)})
+    assert FeatureCache(cache, "f" * 32, 3)[bytes(32)].tolist() == [1, 1, 1]
+
+
+def test_a_cache_that_is_a_file(corpus, cache):
+    cache.write_text("notes")
+    with pytest.raises(OSError, match="can't use the cache .*use another cache folder"):
+        run(corpus, cache)
+    assert cache.read_text() == "notes"
+
+
+def test_hashes_tell_recordings_that_are_the_same(corpus, cache):
+    paths = [u.path for u in corpus.utterances]
+    paths[1].write_bytes(paths[0].read_bytes())
+    hashes = run(corpus, cache).hashes
+    assert hashes[0] == hashes[1] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert len(set(hashes)) == len(corpus) - 1
 
 
 def test_the_first_value_of_a_key_stays(cache):

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from parrot.corpora.splits import Fold, assert_no_leakage, speaker_folds
+from parrot.corpora import splits
+from parrot.corpora.splits import (
+    Fold,
+    assert_no_leakage,
+    assert_no_leakage_in,
+    grouped_folds,
+    leave_one_out_folds,
+    speaker_folds,
+    stratified_folds,
+)
 
 
 def cast(n_speakers: int, per_speaker: int) -> list[str]:
@@ -127,3 +138,128 @@ def test_leakage_is_found(parts, names):
     parts = [np.array(part) for part in parts]
     with pytest.raises(ValueError, match=names):
         assert_no_leakage(Fold(0, *parts), speakers)
+
+
+def tested_once(folds: list[Fold], n: int) -> None:
+    assert sorted(np.concatenate([fold.test for fold in folds])) == list(range(n))
+    for fold in folds:
+        assert sorted(np.concatenate([fold.train, fold.validation, fold.test])) == list(range(n))
+
+
+def test_grouped_folds_are_balanced():
+    sizes = [31, 2, 9, 14, 3, 3, 22, 8, 8, 5]
+    groups = [f"g{k}" for k, size in enumerate(sizes) for _ in range(size)]
+    folds = grouped_folds(groups, 4)
+    tested_once(folds, len(groups))
+    assert_no_leakage_in(folds, {"group": groups})
+    assert max(len(fold.test) for fold in folds) == 31
+    assert min(len(fold.test) for fold in folds) >= 23
+    assert [f.test.tolist() for f in grouped_folds(groups, 4)] == [f.test.tolist() for f in folds]
+    equal = cast(10, 3)
+    one, two = (grouped_folds(equal, 5, seed) for seed in (0, 1))
+    assert [f.test.tolist() for f in one] != [f.test.tolist() for f in two]
+
+
+def test_leave_one_out():
+    speakers = cast(4, 3)
+    folds = leave_one_out_folds(speakers)
+    tested_once(folds, 12)
+    assert [{speakers[i] for i in fold.test} for fold in folds] == [{"1001"}, {"1002"}, {"1003"}, {"1004"}]
+    assert all(len(fold.validation) == 3 for fold in folds)
+
+
+@pytest.mark.parametrize(("n_folds", "fraction"), [(5, 0.1), (3, 0.2), (2, 0.0)])
+def test_stratified_folds(n_folds, fraction):
+    labels = ["a"] * 31 + ["b"] * 12 + ["c"] * 57
+    folds = stratified_folds(labels, n_folds, 2, fraction)
+    tested_once(folds, 100)
+    assert max(len(f.test) for f in folds) - min(len(f.test) for f in folds) <= 1
+    for fold in folds:
+        for label, count in (("a", 31), ("b", 12), ("c", 57)):
+            tested = sum(labels[i] == label for i in fold.test)
+            assert tested in (count // n_folds, count // n_folds + 1)
+            held_out = sum(labels[i] == label for i in fold.validation)
+            assert held_out == (max(1, round(fraction * (count - tested))) if fraction else 0)
+
+
+def test_stratified_folds_keep_what_belongs_together():
+    labels = np.array(["a", "b"] * 40)
+    recording = np.arange(80)
+    recording[10:30] = recording[50:70]  # 20 recordings are there twice, far apart
+    folds = stratified_folds(labels, 4, together=recording)
+    tested_once(folds, 80)
+    assert_no_leakage_in(folds, {"recording": recording})
+    with pytest.raises(ValueError, match=r"share \d+ recording\(s\)"):
+        assert_no_leakage_in(stratified_folds(labels, 4), {"recording": recording})
+
+
+def test_more_bad_arguments():
+    with pytest.raises(ValueError, match=r"label b: wanted at least n_folds = 5 utterances, got 3"):
+        stratified_folds(["a"] * 9 + ["b"] * 3)
+    with pytest.raises(ValueError, match="wanted at least n_folds = 5 different groups, got 3"):
+        grouped_folds(["a", "b", "c"])
+    with pytest.raises(ValueError, match="number of groups must be at least 2, got 1"):
+        leave_one_out_folds(["a", "a"])
+
+
+class TestFiles:
+    FILES = tuple(f"{k:02d}.wav" for k in range(30))
+
+    def write(self, path):
+        folds = speaker_folds(cast(6, 5), 3)
+        return folds, splits.save(path, folds, self.FILES, {"procedure": "speaker_folds", "seed": 0})
+
+    def test_they_come_back(self, tmp_path):
+        folds, digest = self.write(tmp_path / "deep" / "folds.json")
+        got, facts = splits.load(tmp_path / "deep" / "folds.json", self.FILES)
+        assert facts == {"procedure": "speaker_folds", "seed": 0}
+        for fold, other in zip(folds, got, strict=True):
+            assert fold.index == other.index
+            for part in splits.PARTS:
+                np.testing.assert_array_equal(getattr(fold, part), getattr(other, part))
+        assert digest == self.write(tmp_path / "again.json")[1]
+        assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "folds.json"]
+
+    def test_rows_are_found_by_name(self, tmp_path):
+        folds, _ = self.write(tmp_path / "folds.json")
+        turned = self.FILES[::-1]
+        got, _ = splits.load(tmp_path / "folds.json", turned)
+        for fold, other in zip(folds, got, strict=True):
+            assert {self.FILES[i] for i in fold.test} == {turned[i] for i in other.test}
+            assert (np.diff(other.test) > 0).all()
+
+    def test_an_empty_part_comes_back(self, tmp_path):
+        folds = speaker_folds(cast(6, 5), 3, validation_fraction=0)
+        splits.save(tmp_path / "folds.json", folds, self.FILES)
+        assert all(fold.validation.size == 0 for fold in splits.load(tmp_path / "folds.json", self.FILES)[0])
+
+    def test_what_is_not_believed(self, tmp_path):
+        path = tmp_path / "folds.json"
+        self.write(path)
+        whole = path.read_text()
+        path.write_text(whole[:-40])
+        with pytest.raises(ValueError, match="is not whole JSON"):
+            splits.load(path)
+        content = json.loads(whole)
+        row = content["folds"][0]["test"].pop()
+        content["folds"][0]["train"].append(row)
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="was changed after it was written"):
+            splits.load(path)
+        path.write_text(whole.replace(splits.FORMAT, "parrot-folds-0"))
+        with pytest.raises(ValueError, match="wanted the format 'parrot-folds-1', got 'parrot-folds-0'"):
+            splits.load(path)
+        path.write_text("[1, 2]")
+        with pytest.raises(ValueError, match="got None"):
+            splits.load(path)
+        path.write_text(whole)
+        with pytest.raises(ValueError, match=r"1 of its 30 are gone \(such as 29.wav\), 1 are new \(such as x.wav\)"):
+            splits.load(path, (*self.FILES[:-1], "x.wav"))
+
+    def test_what_is_not_written(self, tmp_path):
+        folds = speaker_folds(cast(6, 5), 3)
+        with pytest.raises(ValueError, match="01.wav is there twice"):
+            splits.save(tmp_path / "folds.json", folds, ("01.wav",) * 30)
+        with pytest.raises(ValueError, match="rows beyond the 9 files"):
+            splits.save(tmp_path / "folds.json", folds, self.FILES[:9])
+        assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ def run_experiment(
 ) -> None:
     """Features, folds, training, report, model: what demo and train share."""
     from parrot import evaluation, report
-    from parrot.corpora.splits import assert_no_leakage, speaker_folds
+    from parrot.corpora.splits import assert_no_leakage_in, speaker_folds
 
     if len(args.encoders) > 2:
         raise ValueError(f"--encoders must be one or two; got {len(args.encoders)}.")
@@ -39,15 +39,16 @@ def run_experiment(
         raise ValueError(f"--final must be one of the systems trained ({', '.join(systems)}); got {final!r}.")
     speaker_folds(corpus.speakers, args.folds)  # says at once if there are too few speakers
 
-    rows, features, failures = embed_corpus(corpus, encoders, args.cache)
+    rows, hashes, features, failures = embed_corpus(corpus, encoders, args.cache)
     speakers = [corpus.speakers[row] for row in rows]
     labels = corpus.targets[rows]
     folds = speaker_folds(speakers, args.folds, args.seed)
-    for fold in folds:
-        assert_no_leakage(fold, speakers)
+    final_fold = evaluation.final_fold(speakers, args.folds, args.seed)
+    groups = {"speaker": speakers, "recording": hashes}
+    assert_no_leakage_in([final_fold], groups)
     results = evaluation.cross_validate(
         systems, features, labels, folds, corpus.labels, config=config, seed=args.seed, workers=args.workers,
-        store=args.output / "results",
+        store=args.output / "results", groups=groups,
     )  # fmt: skip
     experiment = report.Experiment(
         "the spoken demo corpus" if synthetic else corpus.name, len(rows), len(set(speakers)), synthetic,
@@ -55,7 +56,7 @@ def run_experiment(
     )  # fmt: skip
     path = report.write(results, args.output, experiment)
     model = evaluation.train_final(
-        final, features, labels, evaluation.final_fold(speakers, args.folds, args.seed), corpus.labels,
+        final, features, labels, final_fold, corpus.labels,
         args.output / "model", {"format": MODEL_FORMAT, **_origin(experiment)}, config=config, seed=args.seed,
     )  # fmt: skip
     _print_table(results, experiment)
@@ -96,8 +97,8 @@ def _systems(names: Sequence[str] | None, dims: Sequence[int], n_classes: int) -
 
 def embed_corpus(
     corpus: Corpus, encoders: Sequence[Encoder], cache: Path
-) -> tuple[np.ndarray, list[np.ndarray], tuple[tuple[str, str], ...]]:
-    """The utterances that all encoders could embed, their features, and (file name, reason) of the others."""
+) -> tuple[np.ndarray, list[str], list[np.ndarray], tuple[tuple[str, str], ...]]:
+    """The utterances that all encoders could embed, their files' hashes, their features; (file, reason) of others."""
     import numpy as np
 
     from parrot import features
@@ -107,7 +108,8 @@ def embed_corpus(
     for table in tables[1:]:
         rows = np.intersect1d(rows, table.indices)
     failures = {str(path.name): reason for table in tables for path, reason in table.failures}
-    return rows, [t.values[np.searchsorted(t.indices, rows)] for t in tables], tuple(sorted(failures.items()))
+    hashes = [tables[0].hashes[place] for place in np.searchsorted(tables[0].indices, rows)]
+    return rows, hashes, [t.values[np.searchsorted(t.indices, rows)] for t in tables], tuple(sorted(failures.items()))
 
 
 def _origin(experiment: Experiment) -> dict[str, Any]:

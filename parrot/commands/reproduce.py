@@ -117,7 +117,7 @@ def _data(corpus, streams: Sequence[Stream], encoders: Sequence, cache: Path) ->
 
     from .experiment import embed_corpus
 
-    rows, features, failures = embed_corpus(corpus, encoders, cache)
+    rows, _, features, failures = embed_corpus(corpus, encoders, cache)
     return CorpusData(
         corpus.name,
         {stream.name: matrix for stream, matrix in zip(streams, features, strict=True)},
