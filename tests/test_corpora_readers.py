@@ -64,10 +64,11 @@ class TestIemocap:
             corpora.load("iemocap", tmp_path)
 
 
-class TestEmoBox:
-    RAW = {"W": "anger", "L": "boredem", "E": "disgust", "A": "fear", "F": "happy", "T": "sad", "N": "neutral"}
-    MALE = ("03", "10", "11", "12", "15")
+RAW = {"W": "anger", "L": "boredem", "E": "disgust", "A": "fear", "F": "happy", "T": "sad", "N": "neutral"}
+MALE = ("03", "10", "11", "12", "15")
 
+
+class TestEmoBox:
     @pytest.fixture
     def metadata(self, tmp_path):
         """Emo-DB as EmoBox lists it, with its traps; folds by every fifth file."""
@@ -78,20 +79,18 @@ class TestEmoBox:
         rows = {
             stem: json.dumps({
                 "key": f"emodb-{stem}", "dataset": "emodb", "wav": f"downloads/emodb/wav/{stem}.wav", "type": "raw",
-                "emo": self.RAW[stem[5]], "channel": 1,
+                "emo": RAW[stem[5]], "channel": 1,
             })
             for stem in stems
         }  # fmt: skip
         (folder / "emodb.jsonl").write_text("\n".join(rows.values()) + "\n")
-        names = {raw: raw.capitalize() for raw in self.RAW.values()}
+        names = {raw: raw.capitalize() for raw in RAW.values()}
         del names["neutral"]
         (folder / "label_map.json").write_text(json.dumps({**names, "boredem": "Boredom", "Neutral": "Neutral"}))
         with open(folder / "data.seg.wrd.stm", "w") as file:
             for stem in stems:
-                speaker = ("male_" if stem[:2] in self.MALE else "female_") + stem[:2]
-                file.write(
-                    f"emodb-{stem} 1 {speaker} 0 1.8 <id=emodb-{stem},lang=en,spk={speaker}> {self.RAW[stem[5]]}\n"
-                )
+                speaker = ("male_" if stem[:2] in MALE else "female_") + stem[:2]
+                file.write(f"emodb-{stem} 1 {speaker} 0 1.8 <id=emodb-{stem},lang=en,spk={speaker}> {RAW[stem[5]]}\n")
         for k in range(5):
             fold = folder / f"fold_{k + 1}"
             fold.mkdir()

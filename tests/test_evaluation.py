@@ -69,6 +69,19 @@ def validate(data, systems=("small", "large"), **options):
     return cross_validate(systems, features, labels, folds, NAMES, **options)
 
 
+def test_leaking_folds_are_refused_before_anything_is_trained(data, tmp_path):
+    _, labels, folds = data
+    row, other = folds[1].train[0], folds[1].test[0]
+    recordings = [f"hash {k}" for k in range(len(labels))]
+    validate(data, ("small",), groups={"recording": recordings})
+    recordings[row] = recordings[other]
+    with pytest.raises(ValueError, match=rf"share 1 recording\(s\): hash {other}\."):
+        validate(data, groups={"recording": recordings}, store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(ValueError, match=rf"`groups\['speaker'\]` must have {len(labels)} values; got 3"):
+        validate(data, groups={"speaker": ["a", "b", "c"]})
+
+
 def same(a, b):
     return all(
         np.array_equal(x.training.test_logits, y.training.test_logits) and x.training.history == y.training.history

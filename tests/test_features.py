@@ -340,7 +340,7 @@ def test_writing_to_a_device_that_is_full(corpus, cache, monkeypatch):
 
 def test_a_cache_that_is_a_file(corpus, cache):
     cache.write_text("notes")
-    with pytest.raises(OSError, match="can't use the cache .*use another cache folder"):
+    with pytest.raises(OSError, match=r"can't use the cache .*use another cache folder"):
         run(corpus, cache)
     assert cache.read_text() == "notes"
 

@@ -140,7 +140,7 @@ def test_leakage_is_found(parts, names):
         assert_no_leakage(Fold(0, *parts), speakers)
 
 
-def tested_once(folds: list[Fold], n: int) -> None:
+def every_row_tested_once(folds: list[Fold], n: int) -> None:
     assert sorted(np.concatenate([fold.test for fold in folds])) == list(range(n))
     for fold in folds:
         assert sorted(np.concatenate([fold.train, fold.validation, fold.test])) == list(range(n))
@@ -150,7 +150,7 @@ def test_grouped_folds_are_balanced():
     sizes = [31, 2, 9, 14, 3, 3, 22, 8, 8, 5]
     groups = [f"g{k}" for k, size in enumerate(sizes) for _ in range(size)]
     folds = grouped_folds(groups, 4)
-    tested_once(folds, len(groups))
+    every_row_tested_once(folds, len(groups))
     assert_no_leakage_in(folds, {"group": groups})
     assert max(len(fold.test) for fold in folds) == 31
     assert min(len(fold.test) for fold in folds) >= 23
@@ -163,7 +163,7 @@ def test_grouped_folds_are_balanced():
 def test_leave_one_out():
     speakers = cast(4, 3)
     folds = leave_one_out_folds(speakers)
-    tested_once(folds, 12)
+    every_row_tested_once(folds, 12)
     assert [{speakers[i] for i in fold.test} for fold in folds] == [{"1001"}, {"1002"}, {"1003"}, {"1004"}]
     assert all(len(fold.validation) == 3 for fold in folds)
 
@@ -172,7 +172,7 @@ def test_leave_one_out():
 def test_stratified_folds(n_folds, fraction):
     labels = ["a"] * 31 + ["b"] * 12 + ["c"] * 57
     folds = stratified_folds(labels, n_folds, 2, fraction)
-    tested_once(folds, 100)
+    every_row_tested_once(folds, 100)
     assert max(len(f.test) for f in folds) - min(len(f.test) for f in folds) <= 1
     for fold in folds:
         for label, count in (("a", 31), ("b", 12), ("c", 57)):
@@ -187,7 +187,7 @@ def test_stratified_folds_keep_what_belongs_together():
     recording = np.arange(80)
     recording[10:30] = recording[50:70]  # 20 recordings are there twice, far apart
     folds = stratified_folds(labels, 4, together=recording)
-    tested_once(folds, 80)
+    every_row_tested_once(folds, 80)
     assert_no_leakage_in(folds, {"recording": recording})
     with pytest.raises(ValueError, match=r"share \d+ recording\(s\)"):
         assert_no_leakage_in(stratified_folds(labels, 4), {"recording": recording})
@@ -258,7 +258,7 @@ class TestFiles:
 
     def test_what_is_not_written(self, tmp_path):
         folds = speaker_folds(cast(6, 5), 3)
-        with pytest.raises(ValueError, match="01.wav is there twice"):
+        with pytest.raises(ValueError, match=r"01\.wav is there twice"):
             splits.save(tmp_path / "folds.json", folds, ("01.wav",) * 30)
         with pytest.raises(ValueError, match="rows beyond the 9 files"):
             splits.save(tmp_path / "folds.json", folds, self.FILES[:9])
