@@ -143,7 +143,7 @@ def test_features_and_train_leave_a_bad_file_out(demo, tmp_path, capsys):
         (["demo", "--voices", "4"], "wanted at least n_folds = 5 different speakers, got 4"),
         (["demo", "--voices", "99"], "voices must be between 1 and 18, got 99"),
         (["demo", "--device", "abacus"], "`device` must be auto, cpu or cuda; got 'abacus'"),
-        (["train", "--corpus", "nope", "x", "--encoders", "ssam-demo"], "name must be one of crema-d, demo"),
+        (["train", "--corpus", "nope", "x", "--encoders", "ssam-demo"], "name must be one of crema-d, emo-db"),
         (["train", "--corpus", "crema-d", "/nowhere", "--encoders", "ssam-demo"], "/nowhere"),
         (["predict", "a.wav", "--model", "/nowhere"], "model.json is missing"),
     ],
