@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from .modules import BiMamba, Mamba, ParallelBranchFusion, SinkhornDivergence, SinkhornHadamard
 from .native import set_workspace_limit
-from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from .ops.causal_conv1d import causal_conv1d
+from .ops.causal_conv1d_update import causal_conv1d_update
 from .ops.parallel_branch_fusion import parallel_branch_fusion
-from .ops.selective_scan import selective_scan, selective_state_update
+from .ops.selective_scan import selective_scan
+from .ops.selective_state_update import selective_state_update
 from .ops.sinkhorn_divergence import sinkhorn_divergence
 from .ops.sinkhorn_hadamard import SinkhornHadamardOutput, sinkhorn_hadamard
 from .ops.sinkhorn_transport import sinkhorn_plan, sinkhorn_transport

@@ -88,3 +88,11 @@ def lengths_in_range(op: str, argument: str, lengths: Tensor | None, limit: int)
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high > limit:
         raise error(op, argument, f"between 0 and {limit}", f"values from {low} to {high}")
+
+
+def indices_in_range(op: str, argument: str, indices: Tensor | None, entries: int) -> None:
+    """Check that no index is past the last entry; on a CUDA device they are not read."""
+    if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    if (high := int(indices.max())) >= entries:
+        raise error(op, argument, f"below the {entries} entries of the state", high)

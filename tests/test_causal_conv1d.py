@@ -10,7 +10,7 @@ from tolerances import assert_close, tolerance
 from torch import Tensor
 
 from parrot_kernels.ops import causal_conv1d as op
-from parrot_kernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from parrot_kernels.ops.causal_conv1d import causal_conv1d
 from parrot_kernels.reference import causal_conv1d as reference
 
 PLACES = pytest.mark.parametrize(("backend", "device"), places("causal_conv1d"))
@@ -268,34 +268,6 @@ def test_pieces_are_the_whole(reverse, packed, backend, device):
     assert_all_close(outputs_and_gradients(in_pieces, leaves(inputs), cotangents(inputs)), want, "conv")
 
 
-@pytest.mark.parametrize("width", [1, 2, 4])
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_single_steps_are_the_whole(width, activation):
-    case = EVERYTHING | {"width": width, "activation": activation, "reverse": False, "lengths": False, "seq_idx": False}
-    inputs, options = make(case)
-    want = run(inputs, options)
-
-    def step_by_step(x, weight, bias, initial_state):
-        outs, state = [], initial_state
-        for x_t in x.unbind(-1):
-            out, state = causal_conv1d_update(x_t, state, weight, bias, activation)
-            outs.append(out)
-        return torch.stack(outs, -1), state
-
-    assert_all_close(outputs_and_gradients(step_by_step, leaves(inputs), cotangents(inputs)), want, "conv")
-
-
-def test_step_leaves_its_state_alone_and_keeps_dtypes():
-    state, x = torch.randn(2, 3, 3), torch.randn(2, 3, dtype=torch.bfloat16)
-    before = state.clone()
-    out, new = causal_conv1d_update(x, state, torch.randn(3, 4))
-    assert (out.dtype, new.dtype) == (torch.bfloat16, torch.float32)
-    assert torch.equal(state, before)
-    assert torch.equal(new, torch.cat([before[..., 1:], x.float().unsqueeze(-1)], -1))
-    new.zero_()
-    assert torch.equal(state, before)
-
-
 @PLACES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_error_is_that_of_pytorch(dtype, backend, device):
@@ -435,10 +407,3 @@ def test_bad_input(name, monkeypatch):
     inputs, options = make(EVERYTHING, dtype=torch.float32)
     with pytest.raises(kind, match="causal_conv1d: .*" + message):
         causal_conv1d(**(inputs | options | {"backend": "torch"} | change))
-
-
-def test_bad_input_of_the_step():
-    with pytest.raises(ValueError, match=r"causal_conv1d_update: `state` must be of shape \(b, d, 3\)"):
-        causal_conv1d_update(torch.zeros(2, 3), torch.zeros(2, 3, 4), torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="`activation` must be one of"):
-        causal_conv1d_update(torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(3, 4), activation="relu")

@@ -163,7 +163,7 @@ def test_convolution_update(case):
 
 
 def test_convolution_update_needs_room():
-    with pytest.raises(ValueError, match="`conv_state` must hold at least width - 1 = 3 inputs; got 2"):
+    with pytest.raises(ValueError, match="`state` must be of at least 3 inputs a channel; got 2"):
         conv.causal_conv1d_update(torch.zeros(1, 2), torch.zeros(1, 2, 2), torch.zeros(2, 4))
 
 

@@ -8,7 +8,7 @@ from scan_cases import assert_all_close, leaves, outputs_and_gradients, places, 
 from selective_scan_cases import CASES, EVERYTHING, cotangents, expected, make, plain_loop, run
 from tolerances import assert_close, tolerance
 
-from parrot_kernels.ops.selective_scan import selective_scan, selective_state_update
+from parrot_kernels.ops.selective_scan import selective_scan
 from parrot_kernels.reference import selective_scan as reference
 
 PLACES = pytest.mark.parametrize(("backend", "device"), places("selective_scan"))
@@ -201,23 +201,6 @@ def test_pieces_are_the_whole(reverse, backend, device):
         return torch.cat(outs[::-1] if reverse else outs, -1), state
 
     assert_all_close(outputs_and_gradients(in_pieces, leaves(inputs), cotangents(inputs)), want, "scan")
-
-
-@pytest.mark.parametrize("B", ["step", "group"])
-def test_single_steps_are_the_whole(B):
-    case = EVERYTHING | {"reverse": False, "lengths": False, "seq_idx": False, "B": B}
-    inputs, options = make(case)
-    want = run(inputs, options)
-
-    def step_by_step(u, delta, A, B, C, D, z, delta_bias, initial_state):
-        outs, state = [], initial_state
-        for t in range(u.shape[2]):
-            u_, delta_, B_, C_, z_ = (x[..., t] for x in (u, delta, B, C, z))
-            out, state = selective_state_update(state, u_, delta_, A, B_, C_, D, z_, delta_bias, True)
-            outs.append(out)
-        return torch.stack(outs, -1), state
-
-    assert_all_close(outputs_and_gradients(step_by_step, leaves(inputs), cotangents(inputs)), want, "scan")
 
 
 @PLACES

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from parrot_kernels.ops import selective_scan as op
-from parrot_kernels.ops.selective_scan import selective_scan, selective_state_update
+from parrot_kernels.ops.selective_scan import selective_scan
 
 
 def test_double_backward_raises():
@@ -169,17 +169,6 @@ def test_bad_input(name, monkeypatch):
         selective_scan(**(inputs | options | {"backend": "torch"} | change))
 
 
-def test_bad_input_of_the_step():
-    A, u, B = -torch.rand(3, 4), torch.randn(2, 3), torch.randn(2, 4)
-    state = torch.zeros(2, 3, 4)
-    with pytest.raises(ValueError, match="selective_state_update: `state` must be of shape"):
-        selective_state_update(state[..., :3], u, u, A, B, B)
-    with pytest.raises(ValueError, match="`B` must be of shape"):
-        selective_state_update(state, u, u, A, torch.randn(4), B)
-    with pytest.raises(TypeError, match="`A` must be real"):
-        selective_state_update(state, u, u, A.to(torch.complex64), B, B)
-
-
 def test_parameters_of_another_dtype_are_converted():
     inputs, options = make(EVERYTHING, dtype=torch.float32)
     want = run(inputs, options)
@@ -196,13 +185,3 @@ def test_softplus_is_torch_softplus_at_its_threshold():
     got = selective_scan(**inputs, **options)
     want = selective_scan(**direct, **(options | {"delta_softplus": False}))
     assert_close(got, want, "scan")
-
-
-def test_step_leaves_its_state_alone_and_keeps_dtypes():
-    state = torch.randn(2, 3, 4, dtype=torch.bfloat16)
-    before, u = state.clone(), torch.randn(2, 3, dtype=torch.bfloat16)
-    B = torch.randn(2, 4, dtype=torch.bfloat16)
-    out, new = selective_state_update(state, u, u.abs(), -torch.rand(3, 4), B, B)
-    assert out.dtype == new.dtype == torch.bfloat16
-    assert torch.equal(state, before)
-    assert not torch.equal(new, before)

@@ -3,7 +3,9 @@
 #pragma once
 
 #include "causal_conv1d.h"
+#include "causal_conv1d_update.h"
 #include "selective_scan.h"
+#include "selective_state_update.h"
 #include "sinkhorn_hadamard.h"
 
 // Every CPU kernel: X(function, parameter struct).
@@ -12,8 +14,10 @@
     X(sinkhorn_hadamard_backward, SinkhornHadamardBackward) \
     X(selective_scan_forward, SelectiveScanForward)         \
     X(selective_scan_backward, SelectiveScanBackward)       \
+    X(selective_state_update, SelectiveStateUpdate)         \
     X(causal_conv1d_forward, CausalConv1dForward)           \
-    X(causal_conv1d_backward, CausalConv1dBackward)
+    X(causal_conv1d_backward, CausalConv1dBackward)         \
+    X(causal_conv1d_update, CausalConv1dUpdate)
 
 namespace parrot {
 

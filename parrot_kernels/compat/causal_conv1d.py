@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import causal_conv1d as ops
+from ..ops.causal_conv1d_update import causal_conv1d_update as update
 
 
 def causal_conv1d_fn(
@@ -78,58 +79,9 @@ def causal_conv1d_update(
     Returns:
         out, of the shape of x.
     """
-    if x.dim() == 2:
-        steps = x.unsqueeze(-1)
-        return causal_conv1d_update(
-            steps, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices
-        ).squeeze(-1)
-    history_len = weight.shape[1] - 1
-    if conv_state.shape[-1] < history_len:
-        raise ValueError(
-            f"causal_conv1d_update: `conv_state` must hold at least width - 1 = {history_len} inputs; got "
-            f"{conv_state.shape[-1]}."
-        )
-    padding, state = None, conv_state
-    if conv_state_indices is not None:
-        padding = conv_state_indices < 0
-        state = conv_state[conv_state_indices.clamp(min=0)]
-
-    with torch.no_grad():
-        if cache_seqlens is None:
-            new_state, history = _shift(state, x), state[..., state.shape[-1] - history_len :]
-        else:
-            new_state, history = _wrap(state, x, cache_seqlens, history_len)
-        history = history.clone()  # the update below is in place
-        if padding is None:
-            state.copy_(new_state)
-        else:
-            conv_state[conv_state_indices[~padding]] = new_state[~padding]
-
-    if x.shape[-1] == 1:
-        out = ops.causal_conv1d_update(x.squeeze(-1), history, weight, bias, activation)[0].unsqueeze(-1)
-    else:
-        out = ops.causal_conv1d(x, weight, bias, activation, initial_state=history)
-    return out if padding is None else out.masked_fill(padding.view(-1, 1, 1), 0)
-
-
-def _shift(state: Tensor, x: Tensor) -> Tensor:
-    """The newest inputs last."""
-    line = torch.cat([state, x.to(state.dtype)], -1)
-    return line[..., line.shape[-1] - state.shape[-1] :]
-
-
-def _wrap(state: Tensor, x: Tensor, seen: Tensor, history_len: int) -> tuple[Tensor, Tensor]:
-    """A circular buffer after writing x, and the history before it."""
-    size, seen = state.shape[-1], seen.long().view(-1, 1, 1)
-
-    def places(start: int, stop: int) -> Tensor:
-        steps = torch.arange(start, stop, device=x.device)
-        return (seen + steps).remainder(size).expand(-1, x.shape[1], -1)
-
-    history = state.gather(-1, places(-history_len, 0))
-    kept = min(x.shape[-1], size)  # older ones would be overwritten at once
-    newest = x[..., x.shape[-1] - kept :].to(state.dtype)
-    return state.scatter(-1, places(x.shape[-1] - kept, x.shape[-1]), newest), history
+    return update(
+        x, conv_state, weight, bias, activation, cache_seqlens=cache_seqlens, state_indices=conv_state_indices
+    )
 
 
 def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:

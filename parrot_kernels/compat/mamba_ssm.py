@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..ops import selective_scan as ops
 from ..ops.causal_conv1d import causal_conv1d
+from ..ops.selective_state_update import selective_state_update as update
 from ..reference import selective_scan as reference
 from .complex_scan import complex_scan
 from .mamba_layers import rms_norm
@@ -101,37 +102,37 @@ def selective_state_update(
         B, C: (batch, dstate) or (batch, ngroups, dstate).
         D, dt_bias: (dim,) or (nheads, dim).
         dt_softplus: apply softplus to dt + dt_bias.
-        state_batch_indices: (batch,), int; the entry of ``state`` that belongs to each row of x.
+        state_batch_indices: (batch,), int; the entry of ``state`` that belongs to each row of x. Where negative the
+            row is padding: output 0, no state touched.
 
     Returns:
         out, of the shape and dtype of x.
+
+    Unlike in the original, gradients reach all but ``state``, see `parrot_kernels.selective_state_update`.
     """
-    shape, dstate = x.shape, state.shape[-1]
-    rows = state if state_batch_indices is None else state[state_batch_indices]
-    dtype = _common_dtype(x, dt, B, C, z)
+    batch, dtype = x.shape[0], _common_dtype(x, dt, B, C, z)
 
-    def flat(t: Tensor | None, *shape: int) -> Tensor | None:  # heads and channels are one dimension of ours
-        return None if t is None else t.reshape(*shape)
+    def channels(t: Tensor | None) -> Tensor | None:  # heads and channels are one dimension of ours
+        return None if t is None else t.reshape(batch, -1).to(dtype)
 
-    out, new_rows = ops.selective_state_update(
-        flat(rows, shape[0], -1, dstate),
-        flat(x, shape[0], -1).to(dtype),
-        flat(dt, shape[0], -1).to(dtype),
-        flat(A, -1, dstate),
+    flat = state if state.dim() == 3 else state.flatten(1, 2)
+    out = update(
+        flat,
+        channels(x),
+        channels(dt),
+        A if A.dim() == 2 else A.flatten(0, 1),
         B.to(dtype),
         C.to(dtype),
-        flat(D, -1),
-        None if z is None else flat(z, shape[0], -1).to(dtype),
-        flat(dt_bias, -1),
+        None if D is None else D.reshape(-1),
+        channels(z),
+        None if dt_bias is None else dt_bias.reshape(-1),
         dt_softplus,
+        state_indices=state_batch_indices,
     )
-    with torch.no_grad():
-        new_rows = new_rows.view(rows.shape)
-        if state_batch_indices is None:
-            state.copy_(new_rows)
-        else:
-            state[state_batch_indices] = new_rows
-    return out.view(shape).to(x.dtype)
+    if state.dim() == 4 and state.stride(1) != state.shape[2] * state.stride(2):  # no view: flat is a copy
+        with torch.no_grad():
+            state.copy_(flat.view(state.shape))
+    return out.view(x.shape).to(x.dtype)
 
 
 def selective_state_update_ref(

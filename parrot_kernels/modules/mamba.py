@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..ops.causal_conv1d import causal_conv1d
+from ..ops.causal_conv1d_update import causal_conv1d_update
 from ..ops.selective_scan import selective_scan
+from ..ops.selective_state_update import selective_state_update
 
 
 class MambaBlock(nn.Module):
@@ -232,12 +234,25 @@ class Mamba(MambaBlock):
         x, z = self._project_in("hidden_states", hidden_states)
         for name, state, last in (("conv_state", conv_state, self.d_conv), ("ssm_state", ssm_state, self.d_state)):
             checks.tensor("Mamba.step", name, state, shape=(x.shape[0], self.d_inner, last), like=x)
+        if x.shape[2] == 1 and self.backend != "triton":  # which has no kernels for one step
+            return self._mix_one(x.squeeze(2), z.squeeze(2), conv_state, ssm_state), conv_state, ssm_state
         # Copies: a backward may still read the states that are overwritten below.
         y, final_state = self._mix(x, z, conv_state=conv_state[..., 1:].clone(), ssm_state=ssm_state.clone())
         with torch.no_grad():
             conv_state.copy_(torch.cat([conv_state, x[..., -self.d_conv :]], -1)[..., -self.d_conv :])
             ssm_state.copy_(final_state)
         return self._project_out(y), conv_state, ssm_state
+
+    def _mix_one(self, x: Tensor, z: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """The block after the input projection for one step, (B, d_inner) to (B, 1, d_model)."""
+        conv1d, x_proj, dt_proj, A_log, D = self._direction("")
+        x = causal_conv1d_update(x, conv_state, conv1d.weight.squeeze(1), conv1d.bias, "silu", backend=self.backend)
+        dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, A = F.linear(dt, dt_proj.weight), -torch.exp(A_log.to(checks.compute_dtype(A_log.dtype)))
+        y = selective_state_update(
+            ssm_state, x, dt, A, B, C, D, z, dt_proj.bias, dt_softplus=True, backend=self.backend
+        )
+        return self._project_out(y.unsqueeze(2))
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None, **options: Any

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks, native
@@ -80,38 +79,6 @@ def causal_conv1d(
         backend,
     )
     return (out, final_state) if return_final_state else out
-
-
-def causal_conv1d_update(
-    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """One step of `causal_conv1d`, for generation token by token.
-
-    Args:
-        x: (b, d), the new input.
-        state: (b, d, w-1), the inputs before it, the oldest first; any floating dtype.
-        weight, bias, activation: as in `causal_conv1d`.
-
-    Returns:
-        out (b, d) in the dtype of x and the new state in the dtype of ``state``, which itself is left as it was.
-        Both are differentiable.
-
-    Raises:
-        ValueError, TypeError: as `causal_conv1d`.
-    """
-    op, sizes = "causal_conv1d_update", {}
-    checks.tensor(op, "x", x, shape=("b", "d"), dtypes=checks.FLOATS, sizes=sizes)
-    _check_filter(op, x, weight, bias, activation, sizes)
-    state_shape = ("b", "d", sizes["w"] - 1)
-    checks.tensor(op, "state", state, shape=state_shape, like=x, dtypes=checks.FLOATS, sizes=sizes)
-    dtype = checks.compute_dtype(x.dtype)
-    window = torch.cat([_cast(state, dtype), _cast(x, dtype).unsqueeze(-1)], -1)
-    out = (window * _cast(weight, dtype)).sum(-1)
-    if bias is not None:
-        out = out + _cast(bias, dtype)
-    if activation is not None:
-        out = F.silu(out)
-    return out.to(x.dtype), window[..., 1:].to(state.dtype, copy=True)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

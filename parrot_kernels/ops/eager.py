@@ -186,3 +186,22 @@ def _refuse_tangents(op: Any, tensors: Iterable[Tensor]) -> None:
         f"{name}: forward-mode differentiation (torch.func.jvp, dual tensors) is not supported. Use reverse mode, or "
         f"the functions of parrot_kernels.reference, which autograd goes through."
     )
+
+
+def shortcut_in_place(op: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`shortcut` for an op that writes to its first argument, whose inputs want no gradients."""
+
+    def call(state: Tensor, *arguments: Any) -> Any:
+        if not is_plain((state, *(t for t in arguments if isinstance(t, Tensor)))):
+            return op(state, *arguments)
+        out = compute(state, *arguments)
+        if not state.is_inference():
+            torch.autograd.graph.increment_version(state)  # a backward that needs what was overwritten must notice
+        return out
+
+    return call
+
+
+def wants_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd has to see what is done to these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks, native
@@ -88,73 +87,8 @@ def selective_scan(
     return (out, final_state) if return_final_state else out
 
 
-def selective_state_update(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One step of `selective_scan`, for generation token by token.
-
-    Args:
-        state: (b, d, n), any floating dtype; computed in the compute dtype of u.
-        u, delta, z: (b, d).
-        A: (d, n), real.
-        B, C: (b, n) or (b, g, n).
-        D, delta_bias: (d,).
-        delta_softplus: apply softplus to delta + delta_bias.
-
-    Returns:
-        out (b, d) in the dtype of u and the new state in the dtype of ``state``, which itself is left as it was.
-        Both are differentiable.
-
-    Raises:
-        ValueError, TypeError: as `selective_scan`.
-    """
-    op, sizes = "selective_state_update", {}
-    checks.tensor(op, "u", u, shape=("b", "d"), dtypes=checks.FLOATS, sizes=sizes)
-    checks.tensor(op, "delta", delta, shape=("b", "d"), like=u, dtypes=(u.dtype,), sizes=sizes)
-    _check_A(op, A, u, sizes)
-    checks.tensor(op, "state", state, shape=("b", "d", "n"), like=u, dtypes=checks.FLOATS, sizes=sizes)
-    for name, matrix in (("B", B), ("C", C)):
-        _check_matrix(op, name, matrix, u, sizes, {2: ("b", "n"), 3: ("b", f"groups of {name}", "n")})
-    for name, vector in (("D", D), ("delta_bias", delta_bias)):
-        if vector is not None:
-            checks.tensor(op, name, vector, shape=("d",), like=u, dtypes=checks.FLOATS, sizes=sizes)
-    if z is not None:
-        checks.tensor(op, "z", z, shape=("b", "d"), like=u, dtypes=(u.dtype,), sizes=sizes)
-
-    dtype = checks.compute_dtype(u.dtype)
-    x, dt, A, B, C, D, gate, bias, h = (_cast(t, dtype) for t in (u, delta, A, B, C, D, z, delta_bias, state))
-    if bias is not None:
-        dt = dt + bias
-    if delta_softplus:
-        dt = F.softplus(dt)
-    B, C = (_spread(t, u.shape[1]) for t in (B, C))
-    new_state = torch.exp(dt.unsqueeze(-1) * A) * h + (dt * x).unsqueeze(-1) * B
-    y = (new_state * C).sum(-1)
-    if D is not None:
-        y = y + D * x
-    if gate is not None:
-        y = y * F.silu(gate)
-    return y.to(u.dtype), new_state.to(state.dtype)
-
-
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _spread(matrix: Tensor, dim: int) -> Tensor:
-    """(b, n) or (b, g, n) to what broadcasts against (b, d, n)."""
-    if matrix.dim() == 2:
-        return matrix.unsqueeze(1)
-    return matrix.repeat_interleave(dim // matrix.shape[1], 1)
 
 
 def _check(
