@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,11 @@ def print_peak(op, case, both: bool, provider: str) -> None:
     make = op.works(case, "cpu", both, True)[provider]
     tiny = op.works(op.TINY, "cpu", both, True)[provider]()
     tiny()  # imports, thread pools and code that is allocated once
-    work = make()
+    print(growth_mib(make()))
+
+
+def growth_mib(work: Callable[[], object]) -> float:
+    """How far one call raises the process's high-water mark of memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
     def high_water() -> int:
@@ -96,7 +101,7 @@ def print_peak(op, case, both: bool, provider: str) -> None:
 
     before = high_water()
     work()
-    print((high_water() - before) / 1024)
+    return (high_water() - before) / 1024
 
 
 def measure(op, case, mode: str, arguments: argparse.Namespace) -> list[dict]:

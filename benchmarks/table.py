@@ -13,7 +13,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results")
 OURS = "parrot_kernels"
-MODES = {"forward": "forward", "both": "forward + backward"}
+MODES = {"forward": "forward", "both": "forward + backward", "generate": "a token"}
 
 
 def load(path: Path) -> list[dict]:

@@ -73,7 +73,7 @@ def make_step(case, batch=3, dim=18, states=5, device="cpu", seed=0):
 def expected(state, inputs, indices):
     """(out, new state) in float64."""
     inputs = {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
-    new, out = state.double(), torch.empty_like(inputs["x"])
+    new, out = state.to(torch.float64, copy=True), torch.empty_like(inputs["x"])
     reference.update(state=new, indices=indices, out=out, **inputs)
     return out, new
 
@@ -89,7 +89,8 @@ def test_options(case, backend, device):
     out = selective_state_update(state, **inputs, state_indices=indices, backend=backend)
     assert out.dtype == case["dtype"]
     assert_close(out.cpu(), want.cpu(), "scan", "out")
-    assert_close(state.cpu(), want_state.cpu(), "scan", "state")
+    narrow = state.float() if state.dtype == torch.float64 != case["dtype"] else state  # no better than computed
+    assert_close(narrow.cpu(), want_state.cpu(), "scan", "state")
     assert all(torch.equal(inputs[name], t) for name, t in before.items())
     if indices is not None:
         rest = torch.ones(len(state), dtype=torch.bool).index_fill(0, indices[indices >= 0].cpu(), False)

@@ -96,7 +96,8 @@ void causal_conv1d_update(const CausalConv1dUpdate& params) {
     for_dtype(params.x.dtype, [&](auto element, auto real) {
         using T = decltype(element);
         using F = decltype(real);
-        params.state.dtype == params.x.dtype ? update<T, T, F>(params) : update<T, F, F>(params);
+        if (params.state.dtype == params.x.dtype) return update<T, T, F>(params);
+        params.state.dtype == DType::f64 ? update<T, double, F>(params) : update<T, F, F>(params);
     });
 }
 

@@ -7,7 +7,7 @@
 namespace parrot {
 
 struct CausalConv1dUpdate {
-    // x (B,D,L); state (E,D,S), S >= W - 1, read and written, of the dtype of x or of the compute dtype;
+    // x (B,D,L); state (E,D,S), S >= W - 1, read and written, of the dtype of x, of the compute dtype or fp64;
     // weight (D,W); bias (D); seen (B) int32: the state is a ring in which step s lies at s % S; indices (B) int32,
     // the entry of `state` of each row, negative for none. From bias on, each may be absent.
     TensorView x, state, weight, bias, seen, indices;

@@ -7,7 +7,7 @@
 namespace parrot {
 
 struct SelectiveStateUpdate {
-    // state (E,D,N), read and written, of the dtype of x or of the compute dtype; x, dt, z (B,D); A (D,N);
+    // state (E,D,N), read and written, of the dtype of x, of the compute dtype or fp64; x, dt, z (B,D); A (D,N);
     // B, C (B,N) or (B,G,N); D, dt_bias (D); indices (B) int32, the entry of `state` of each row, negative for none.
     // From D on, each may be absent; without indices E is B.
     TensorView state, x, dt, A, B, C, D, z, dt_bias, indices;

@@ -61,7 +61,7 @@ def causal_conv1d_update(
     seen, indices = _cast(cache_seqlens, torch.int32), _cast(state_indices, torch.int32)
     steps = x.unsqueeze(-1) if x.dim() == 2 else x
     silu = activation is not None
-    if state.dtype in (dtype, x.dtype):
+    if state.dtype in (dtype, x.dtype, torch.float64):  # the kernels take these; others fit into dtype
         out = _step(state, steps, weight, bias, seen, indices, silu, backend)
     else:
         wide = state.detach().to(dtype)

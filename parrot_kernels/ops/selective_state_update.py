@@ -66,7 +66,7 @@ def selective_state_update(
     dtype = checks.compute_dtype(x.dtype)
     A, D, dt_bias = _cast(A, dtype), _cast(D, dtype), _cast(dt_bias, dtype)
     indices = _cast(state_indices, torch.int32)
-    if state.dtype not in (dtype, x.dtype):
+    if state.dtype not in (dtype, x.dtype, torch.float64):  # the kernels take these; others fit into dtype
         wide = state.detach().to(dtype)
         out = _step(wide, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, backend)
         with torch.no_grad():

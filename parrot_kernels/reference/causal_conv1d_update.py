@@ -37,7 +37,7 @@ def causal_conv1d_update(
         first = max(0, steps - size)  # older ones would be overwritten at once
         new_state = state.scatter(-1, places(first, steps), x[..., first:].to(state.dtype))
     line = torch.cat([history.to(dtype), x.to(dtype)], -1)
-    out = (line.unfold(-1, width, 1) * weight.to(dtype).unsqueeze(1)).sum(-1)
+    out = sum(line[..., k : k + steps] * weight[:, k : k + 1].to(dtype) for k in range(width))
     out = out if bias is None else out + bias.to(dtype).unsqueeze(-1)
     out = out if activation is None else silu(out)
     return out.to(x.dtype), new_state

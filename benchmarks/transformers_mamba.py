@@ -1,0 +1,132 @@
+"""transformers' Mamba on our kernels and on its own slow path: forward, memory, and cached generation token by token.
+
+    python -m benchmarks.transformers_mamba --threads 4
+    python -m benchmarks.transformers_mamba --modes generate --seconds 20
+
+Models of random weights, 768 wide, 24 layers (those of state-spaces/mamba-130m), fp32. ``forward`` is the backbone on
+one sequence of 512 tokens, ``generate`` one token of the language model with its cache. Rows and table as in
+`benchmarks.run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import machine, run, timing
+
+LENGTH, WIDTH, LAYERS, VOCABULARY = 512, 768, 24, 50280
+MODES = {"forward": f"1x{LENGTH}", "generate": "1x1"}
+
+
+def providers() -> dict[str, Callable[[], AbstractContextManager]]:
+    from parrot_kernels.compat import transformers as fast
+
+    return {"parrot_kernels[cpu]": fast.enabled, "transformers' slow path": contextlib.nullcontext}
+
+
+def make(mode: str, layers: int = LAYERS) -> tuple[torch.nn.Module, Tensor]:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(hidden_size=WIDTH, num_hidden_layers=layers, vocab_size=VOCABULARY)
+    model = transformers.MambaModel(config) if mode == "forward" else transformers.MambaForCausalLM(config)
+    return model.eval(), torch.randint(0, VOCABULARY, (1, LENGTH))
+
+
+def work(
+    mode: str, model: torch.nn.Module, tokens: Tensor, enabled: Callable[[], AbstractContextManager]
+) -> Callable[[], Tensor]:
+    if mode == "forward":
+
+        def forward() -> Tensor:
+            with enabled(), torch.inference_mode():
+                return model(tokens, use_cache=False).last_hidden_state
+
+        return forward
+    with enabled(), torch.inference_mode():
+        cache = model(tokens, use_cache=True).cache_params
+
+    def token() -> Tensor:
+        with enabled(), torch.inference_mode():
+            return model(tokens[:, -1:], cache_params=cache, use_cache=True).logits
+
+    return token
+
+
+def peak_mib(mode: str, provider: str) -> float | None:
+    command = [sys.executable, "-m", "benchmarks.transformers_mamba", "--modes", mode, "--peak-of", provider]
+    command += ["--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def print_peak(mode: str, provider: str) -> None:
+    """Peak memory of one call beyond the model and what a small one of one layer allocates once."""
+    tiny, tokens = make(mode, layers=1)
+    work(mode, tiny, tokens[:, :4], providers()[provider])()
+    model, tokens = make(mode)
+    call = work(mode, model, tokens, providers()[provider])
+    print(run.growth_mib(call))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transformers_mamba",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
+    parser.add_argument("--threads", type=int, help="default: what torch chooses")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per provider and mode")
+    parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.peak_of:
+        print_peak(arguments.modes[0], arguments.peak_of)
+        return 0
+    device = machine.device_name("cpu")
+    context = {
+        "device": device, "commit": machine.commit(), "date": time.strftime("%Y-%m-%d"), "allocator": "default",
+        "versions": machine.versions("transformers"),
+    }  # fmt: skip
+    print(f"transformers_mamba on {device}, torch {torch.__version__}, commit {context['commit']}")
+    for mode in arguments.modes:
+        print(f"\n{mode}, {MODES[mode]}", flush=True)
+        model, tokens = make(mode)
+        works = {name: work(mode, model, tokens, enabled) for name, enabled in providers().items()}
+        first = {name: call() for name, call in works.items()}
+        want = first["transformers' slow path"].double()
+        samples = timing.interleaved(works, "cpu", arguments.seconds)
+        rows = []
+        for name, values in samples.items():
+            p20, p50, p80 = (float(q) for q in np.quantile(values, (0.2, 0.5, 0.8)) * 1e3)
+            error = ((first[name].double() - want).abs().max() / want.abs().max()).item()
+            rows.append(
+                {"op": "transformers_mamba", "provider": name, "mode": mode, "shape": MODES[mode], "dtype": "float32",
+                 "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": len(values), "error": error,
+                 "peak_mib": peak_mib(mode, name)}
+            )  # fmt: skip
+        run.show(rows)
+        if not arguments.no_save:
+            run.RESULTS.mkdir(exist_ok=True)
+            with (run.RESULTS / f"{device}.jsonl").open("a") as file:
+                file.writelines(json.dumps({**row, **context}) + "\n" for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
