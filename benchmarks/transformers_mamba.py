@@ -65,20 +65,21 @@ def work(
     return token
 
 
-def peak_mib(mode: str, provider: str) -> float | None:
-    command = [sys.executable, "-m", "benchmarks.transformers_mamba", "--modes", mode, "--peak-of", provider]
+def peak_mib(provider: str) -> float | None:
+    command = [sys.executable, "-m", "benchmarks.transformers_mamba", "--peak-of", provider]
     command += ["--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def print_peak(mode: str, provider: str) -> None:
-    """Peak memory of one call beyond the model and what a small one of one layer allocates once."""
-    tiny, tokens = make(mode, layers=1)
-    work(mode, tiny, tokens[:, :4], providers()[provider])()
-    model, tokens = make(mode)
-    call = work(mode, model, tokens, providers()[provider])
-    print(run.growth_mib(call))
+def print_peak(provider: str) -> None:
+    """Peak memory of one forward, beyond the model and what a first call allocates once.
+
+    Without gradients a layer's activations are gone when the next one runs: two layers need as much as all.
+    """
+    model, tokens = make("forward", layers=2)
+    work("forward", model, tokens[:, :4], providers()[provider])()
+    print(run.growth_mib(work("forward", model, tokens, providers()[provider])))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
-        print_peak(arguments.modes[0], arguments.peak_of)
+        print_peak(arguments.peak_of)
         return 0
     device = machine.device_name("cpu")
     context = {
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(
                 {"op": "transformers_mamba", "provider": name, "mode": mode, "shape": MODES[mode], "dtype": "float32",
                  "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": len(values), "error": error,
-                 "peak_mib": peak_mib(mode, name)}
+                 "peak_mib": peak_mib(name) if mode == "forward" else None}
             )  # fmt: skip
         run.show(rows)
         if not arguments.no_save:

@@ -9,7 +9,7 @@ namespace parrot {
 namespace PARROT_ISA {
 namespace {
 
-constexpr int64_t kShared = 16384;  // outputs from which on it pays to wake other threads
+constexpr int64_t kShared = 4096;  // outputs from which on it pays to wake other threads
 
 // Where the history and the new steps of one row lie in its state.
 struct Ring {

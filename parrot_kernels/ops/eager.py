@@ -192,7 +192,10 @@ def shortcut_in_place(op: Callable[..., Any], compute: Callable[..., Any]) -> Ca
     """`shortcut` for an op that writes to its first argument, whose inputs want no gradients."""
 
     def call(state: Tensor, *arguments: Any) -> Any:
-        if not is_plain((state, *(t for t in arguments if isinstance(t, Tensor)))):
+        tensors = (state, *(t for t in arguments if isinstance(t, Tensor)))
+        if not torch.compiler.is_compiling():
+            _refuse_tangents(op, tensors)
+        if not is_plain(tensors):
             return op(state, *arguments)
         out = compute(state, *arguments)
         if not state.is_inference():
