@@ -248,76 +248,6 @@ void bind_selective_scan(py::module_& m) {
 #endif
 }
 
-#define STATE_UPDATE_PARAMETERS                                                                                      \
-    TensorView state, TensorView x, TensorView dt, TensorView A, TensorView B, TensorView C, Optional D, Optional z, \
-        Optional dt_bias, bool dt_softplus, Optional indices, TensorView out
-#define STATE_UPDATE_ARGUMENTS                                                                              \
-    py::kw_only(), py::arg("state"), py::arg("x"), py::arg("dt"), py::arg("A"), py::arg("B"), py::arg("C"), \
-        py::arg("D"), py::arg("z"), py::arg("dt_bias"), py::arg("dt_softplus"), py::arg("indices"), py::arg("out")
-#define SET_STATE_UPDATE(p)                                                                         \
-    p.state = state, p.x = x, p.dt = dt, p.A = A, p.B = B, p.C = C, p.D = given(D), p.z = given(z); \
-    p.dt_bias = given(dt_bias), p.dt_softplus = dt_softplus, p.indices = given(indices), p.out = out
-
-void bind_selective_state_update(py::module_& m) {
-    m.def(
-        "selective_state_update",
-        [](STATE_UPDATE_PARAMETERS, int num_threads) {
-            SelectiveStateUpdate p;
-            SET_STATE_UPDATE(p);
-            p.num_threads = num_threads;
-            py::gil_scoped_release release;
-            cpu::selective_state_update(p);
-        },
-        STATE_UPDATE_ARGUMENTS, py::arg("num_threads"));
-#ifdef PARROT_WITH_CUDA
-    m.def(
-        "selective_state_update_cuda",
-        [](STATE_UPDATE_PARAMETERS, uintptr_t stream) {
-            SelectiveStateUpdate p;
-            SET_STATE_UPDATE(p);
-            p.stream = reinterpret_cast<void*>(stream);
-            const char* failure = cuda::selective_state_update(p);
-            if (failure) throw std::runtime_error(std::string("selective_state_update (cuda): ") + failure);
-        },
-        STATE_UPDATE_ARGUMENTS, py::arg("stream"));
-#endif
-}
-
-#define CONV_UPDATE_PARAMETERS                                                                                    \
-    TensorView x, TensorView state, TensorView weight, Optional bias, bool silu, Optional seen, Optional indices, \
-        TensorView out
-#define CONV_UPDATE_ARGUMENTS                                                                           \
-    py::kw_only(), py::arg("x"), py::arg("state"), py::arg("weight"), py::arg("bias"), py::arg("silu"), \
-        py::arg("seen"), py::arg("indices"), py::arg("out")
-#define SET_CONV_UPDATE(p)                                                                                  \
-    p.x = x, p.state = state, p.weight = weight, p.bias = given(bias), p.silu = silu, p.seen = given(seen); \
-    p.indices = given(indices), p.out = out
-
-void bind_causal_conv1d_update(py::module_& m) {
-    m.def(
-        "causal_conv1d_update",
-        [](CONV_UPDATE_PARAMETERS, int num_threads) {
-            CausalConv1dUpdate p;
-            SET_CONV_UPDATE(p);
-            p.num_threads = num_threads;
-            py::gil_scoped_release release;
-            cpu::causal_conv1d_update(p);
-        },
-        CONV_UPDATE_ARGUMENTS, py::arg("num_threads"));
-#ifdef PARROT_WITH_CUDA
-    m.def(
-        "causal_conv1d_update_cuda",
-        [](CONV_UPDATE_PARAMETERS, uintptr_t stream) {
-            CausalConv1dUpdate p;
-            SET_CONV_UPDATE(p);
-            p.stream = reinterpret_cast<void*>(stream);
-            const char* failure = cuda::causal_conv1d_update(p);
-            if (failure) throw std::runtime_error(std::string("causal_conv1d_update (cuda): ") + failure);
-        },
-        CONV_UPDATE_ARGUMENTS, py::arg("stream"));
-#endif
-}
-
 void bind_causal_conv1d(py::module_& m) {
     m.def(
         "causal_conv1d_forward",
@@ -386,6 +316,76 @@ void bind_causal_conv1d(py::module_& m) {
         py::arg("workspace"), py::arg("stream"));
     m.def("causal_conv1d_workspace_cuda", &cuda::causal_conv1d_workspace, py::kw_only(), py::arg("x"),
           py::arg("weight"));
+#endif
+}
+
+#define STATE_UPDATE_PARAMETERS                                                                                      \
+    TensorView state, TensorView x, TensorView dt, TensorView A, TensorView B, TensorView C, Optional D, Optional z, \
+        Optional dt_bias, bool dt_softplus, Optional indices, TensorView out
+#define STATE_UPDATE_ARGUMENTS                                                                              \
+    py::kw_only(), py::arg("state"), py::arg("x"), py::arg("dt"), py::arg("A"), py::arg("B"), py::arg("C"), \
+        py::arg("D"), py::arg("z"), py::arg("dt_bias"), py::arg("dt_softplus"), py::arg("indices"), py::arg("out")
+#define SET_STATE_UPDATE(p)                                                                         \
+    p.state = state, p.x = x, p.dt = dt, p.A = A, p.B = B, p.C = C, p.D = given(D), p.z = given(z); \
+    p.dt_bias = given(dt_bias), p.dt_softplus = dt_softplus, p.indices = given(indices), p.out = out
+
+void bind_selective_state_update(py::module_& m) {
+    m.def(
+        "selective_state_update",
+        [](STATE_UPDATE_PARAMETERS, int num_threads) {
+            SelectiveStateUpdate p;
+            SET_STATE_UPDATE(p);
+            p.num_threads = num_threads;
+            py::gil_scoped_release release;
+            cpu::selective_state_update(p);
+        },
+        STATE_UPDATE_ARGUMENTS, py::arg("num_threads"));
+#ifdef PARROT_WITH_CUDA
+    m.def(
+        "selective_state_update_cuda",
+        [](STATE_UPDATE_PARAMETERS, uintptr_t stream) {
+            SelectiveStateUpdate p;
+            SET_STATE_UPDATE(p);
+            p.stream = reinterpret_cast<void*>(stream);
+            const char* failure = cuda::selective_state_update(p);
+            if (failure) throw std::runtime_error(std::string("selective_state_update (cuda): ") + failure);
+        },
+        STATE_UPDATE_ARGUMENTS, py::arg("stream"));
+#endif
+}
+
+#define CONV_UPDATE_PARAMETERS                                                                                    \
+    TensorView x, TensorView state, TensorView weight, Optional bias, bool silu, Optional seen, Optional indices, \
+        TensorView out
+#define CONV_UPDATE_ARGUMENTS                                                                           \
+    py::kw_only(), py::arg("x"), py::arg("state"), py::arg("weight"), py::arg("bias"), py::arg("silu"), \
+        py::arg("seen"), py::arg("indices"), py::arg("out")
+#define SET_CONV_UPDATE(p)                                                                                  \
+    p.x = x, p.state = state, p.weight = weight, p.bias = given(bias), p.silu = silu, p.seen = given(seen); \
+    p.indices = given(indices), p.out = out
+
+void bind_causal_conv1d_update(py::module_& m) {
+    m.def(
+        "causal_conv1d_update",
+        [](CONV_UPDATE_PARAMETERS, int num_threads) {
+            CausalConv1dUpdate p;
+            SET_CONV_UPDATE(p);
+            p.num_threads = num_threads;
+            py::gil_scoped_release release;
+            cpu::causal_conv1d_update(p);
+        },
+        CONV_UPDATE_ARGUMENTS, py::arg("num_threads"));
+#ifdef PARROT_WITH_CUDA
+    m.def(
+        "causal_conv1d_update_cuda",
+        [](CONV_UPDATE_PARAMETERS, uintptr_t stream) {
+            CausalConv1dUpdate p;
+            SET_CONV_UPDATE(p);
+            p.stream = reinterpret_cast<void*>(stream);
+            const char* failure = cuda::causal_conv1d_update(p);
+            if (failure) throw std::runtime_error(std::string("causal_conv1d_update (cuda): ") + failure);
+        },
+        CONV_UPDATE_ARGUMENTS, py::arg("stream"));
 #endif
 }
 
