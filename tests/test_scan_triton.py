@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
 from interpreted import interpreted
-from selective_scan_cases import CASES, EVERYTHING, make
+from selective_scan_cases import CASES, EVERYTHING, OPTIONS, make
 from test_scan_cpu import REFERENCE, run
 from tolerances import assert_close
 from torch import Tensor
 
 LENGTHS, STATES, DTYPES = (1, 2, 15, 63), (3, 8, 16, 24), (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [dict(zip(("length", "states", "dtype"), shape, strict=True)) for shape in product(LENGTHS, STATES, DTYPES)]
+
+
+def case_of(shape) -> dict[str, object]:
+    return CASES[SHAPES.index(shape) % len(CASES)]
 
 
 def launch(inputs, options, **how) -> dict[str, Tensor]:
@@ -40,11 +44,29 @@ def check(inputs, options, scale=1.0, **how) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @interpreted
 def test_options(shape):
-    check(*make(CASES[SHAPES.index(shape) % len(CASES)], batch=2, dim=6, **shape))
+    check(*make(case_of(shape), batch=2, dim=6, **shape))
 
 
 def test_every_pair_of_options_is_met():
-    assert len(CASES) <= len(SHAPES)
+    """By what `test_options` compares, at lengths at which each option matters."""
+    (shapes,) = (mark.args[1] for mark in test_options.pytestmark if mark.name == "parametrize")
+    cases = [case_of(shape) for shape in shapes if shape["length"] >= 15]
+    for a, b in combinations(OPTIONS, 2):
+        assert {(case[a], case[b]) for case in cases} == set(product(OPTIONS[a], OPTIONS[b])), (a, b)
+
+
+@pytest.mark.parametrize("length", [n for n in LENGTHS if n >= 15])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_changes_the_reference(option, length):
+    """So that a kernel which overlooks it can't pass."""
+    results = []
+    for value in OPTIONS[option]:
+        inputs, options = make(EVERYTHING | {option: value}, batch=2, dim=6, length=length)
+        same, _ = make(EVERYTHING, batch=2, dim=6, length=length)  # random numbers are drawn in order: reuse them
+        inputs = {name: None if t is None else same[name] if same[name].shape == t.shape else t
+                  for name, t in inputs.items()}  # fmt: skip
+        results.append(run(REFERENCE, inputs, options)["out"])
+    assert all(not torch.allclose(x, y) for x, y in combinations(results, 2))
 
 
 @pytest.mark.parametrize("states", [1, 4, 12, 32, 40, 64])
