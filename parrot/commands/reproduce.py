@@ -28,7 +28,7 @@ unispeech-sat, mms. The demo encoders are random and stand in for audio-mamba-ba
 EXAMPLES = """\
 examples:
   parrot reproduce table2 --corpus crema-d:data/CREMA-D --encoders ssam:ssam_base.pth hubert:models/hubert-base
-  parrot reproduce table2 --corpus crema-d:data/CREMA-D --encoders ssam:ssam_base.pth mms=hubert:models/mms-1b
+  parrot reproduce table2 --corpus crema-d:data/CREMA-D --encoders ssam:ssam_base.pth mms:models/mms-1b
   parrot reproduce table1 --corpus demo:runs/demo/corpus --encoders ssam-demo hubert-demo --seeds 1 --epochs 5"""
 
 
