@@ -135,15 +135,57 @@ def test_broken_weights(tmp_path):
             encoders.load(f"hubert:{tmp_path}")
 
 
-def test_models_of_features_are_refused(tmp_path):
-    from transformers import WhisperConfig, WhisperModel
+def test_models_of_other_inputs_are_refused(tmp_path):
+    from transformers import ASTConfig, ASTModel
 
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    WhisperModel(WhisperConfig(**sizes, **heads, vocab_size=60_000)).save_pretrained(tmp_path)
-    write_preprocessor(tmp_path, feature_extractor_type="WhisperFeatureExtractor")
-    with pytest.raises(ValueError, match=r"must take waveforms.*got 'whisper', which takes 'input_features'"):
+    ASTModel(ASTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    write_preprocessor(tmp_path, feature_extractor_type="ASTFeatureExtractor")
+    with pytest.raises(ValueError, match=r"must take waveforms.*got 'audio-spectrogram-transformer'"):
         encoders.load(f"transformers:{tmp_path}")
+
+
+def test_whisper_is_transformers_own_encoder(tmp_path):
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 100}
+    config = WhisperConfig(**sizes, **heads, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = WhisperModel(config).eval()
+    model.save_pretrained(tmp_path)
+    extractor = WhisperFeatureExtractor(chunk_length=2)
+    extractor.save_pretrained(tmp_path)
+    encoder = encoders.load(f"transformers:{tmp_path}")
+    waveforms = noise(2, 20_000)
+    inputs = extractor(list(waveforms.numpy()), sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        want = model.get_encoder()(inputs.input_features, output_hidden_states=True)
+    frames, counts = encoder.frames(waveforms)
+    assert worst(frames, want.last_hidden_state[:, :63]) <= 1e-5
+    assert counts.tolist() == [63, 63]  # 125 of 200 feature frames, two to a frame of the encoder
+    for got, state in zip(encoder.hidden_states(waveforms), want.hidden_states, strict=True):
+        assert worst(got, state[:, :63]) <= 1e-5
+    assert (encoder.frame_rate, encoder.sample_rate, encoder.n_layers, encoder.embedding_dim) == (50, 16_000, 2, 16)
+    assert len(encoder.fingerprint) == 64
+    with pytest.raises(ValueError, match=r"at most 32000 samples \(2 s\).*got 32001"):
+        encoder.embed(noise(32_001))
+
+
+def test_wav2vec2_bert_is_transformers_own_model(tmp_path):
+    from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    model = Wav2Vec2BertModel(Wav2Vec2BertConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    extractor = SeamlessM4TFeatureExtractor()
+    extractor.save_pretrained(tmp_path)
+    encoder = encoders.load(f"transformers:{tmp_path}")
+    waveform = noise(9_000)
+    inputs = extractor(waveform.numpy(), sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        want = model(**inputs).last_hidden_state[0, : int(inputs["attention_mask"].sum())]
+    assert worst(encoder.timestamp_embeddings(waveform), want) <= 1e-5
+    assert encoder.frame_rate == 50
+    assert len(encoder.fingerprint) == 64
 
 
 def test_hubert_downloads_only_when_asked(monkeypatch):

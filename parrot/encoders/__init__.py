@@ -6,11 +6,12 @@ import re
 
 from . import demo
 from .base import Encoder
+from .feature_model import FeatureModel
 from .speech import FAMILIES, SpeechModel
 from .ssam import SSAM
 from .ssamba import SSAMBA
 
-__all__ = ["SSAM", "SSAMBA", "Encoder", "SpeechModel", "available", "load"]
+__all__ = ["SSAM", "SSAMBA", "Encoder", "FeatureModel", "SpeechModel", "available", "load"]
 
 # A spec is a name, or a family and where its checkpoint lies: `family:checkpoint`.
 SPECS = ("ssam-demo", "hubert-demo", "ssam:FILE", "ssamba:FILE", *(f"{family}:FOLDER-OR-ID" for family in FAMILIES))

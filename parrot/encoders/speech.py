@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .base import Encoder
 from .checkpoint import check_file, first
+from .feature_model import FeatureModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # The prefix of a spec, and the model type it stands for; None takes any that reads waveforms.
 FAMILIES = {
@@ -31,6 +32,11 @@ MASKABLE = {"hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat"}
 UNUSED_WEIGHTS = {"masked_spec_embed"}
 # Parts of a transformers configuration that say where it came from, not what it computes.
 BOOKKEEPING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+def model_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """What a model's outputs depend on, as JSON-able values."""
+    return {key: value for key, value in config.to_diff_dict().items() if key not in BOOKKEEPING}
 
 
 class SpeechModel(Encoder):
@@ -72,10 +78,11 @@ class SpeechModel(Encoder):
     @classmethod
     def from_pretrained(
         cls, checkpoint: str | Path, *, family: str = "transformers", download: bool = False, name: str | None = None
-    ) -> SpeechModel:
+    ) -> SpeechModel | FeatureModel:
         """Load a folder, or a model id from the local cache of the Hugging Face Hub. The encoder is frozen.
 
-        Heads of pretraining or recognition are dropped. No code of the checkpoint's own is run.
+        Heads of pretraining or recognition are dropped. A model that takes spectral features instead of waveforms
+        becomes a :class:`FeatureModel`. No code of the checkpoint's own is run.
 
         Args:
             checkpoint: a folder with ``config.json``, ``preprocessor_config.json`` and weights, or an id such as
@@ -127,18 +134,21 @@ class SpeechModel(Encoder):
         inner = [key.removeprefix(f"{model.base_model_prefix}.") for key in loading["unexpected_keys"]]
         if extra := sorted(key for key in inner if key.startswith(parts)):
             raise ValueError(f"{given} holds {len(extra)} weights too many, such as {extra[0]!r}. {fix}")
+        name = name or f"{family}:{Path(checkpoint).name}"
+        if model.main_input_name == "input_features":
+            extractor = transformers.AutoFeatureExtractor.from_pretrained(checkpoint, trust_remote_code=False, **where)
+            return FeatureModel(model.float(), extractor, name=name).eval().requires_grad_(False)
         encoder = cls(
             model.float(),
             do_normalize=preprocessor.get("do_normalize", True),  # transformers' own default
             sample_rate=preprocessor.get("sampling_rate", 16_000),
-            name=name or f"{family}:{Path(checkpoint).name}",
+            name=name,
         )
         return encoder.eval().requires_grad_(False)
 
     def configuration(self) -> dict[str, Any]:
-        settings = self.model.config.to_diff_dict()
-        settings = {key: value for key, value in settings.items() if key not in BOOKKEEPING}
-        return {"do_normalize": self.do_normalize, "sample_rate": self.sample_rate, "model": settings}
+        settings = {"do_normalize": self.do_normalize, "sample_rate": self.sample_rate}
+        return {**settings, "model": model_settings(self.model.config)}
 
     def _states(self, waveforms: Tensor, every: bool, mask: Tensor | None = None) -> Sequence[Tensor]:
         if mask is None:
