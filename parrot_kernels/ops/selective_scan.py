@@ -199,10 +199,16 @@ def _triton_forward(**arguments: Any) -> None:
     kernels.forward(**arguments)
 
 
-KERNELS = {  # a backend that has no backward of its own yet borrows the reference's
+def _triton_backward(**arguments: Any) -> None:
+    from ..triton_kernels import selective_scan_backward as kernels
+
+    kernels.backward(**arguments)
+
+
+KERNELS = {
     "torch": Kernels(reference.forward, reference.backward, checkpoints=True),
     "cpu": Kernels(_cpu_forward, _cpu_backward, checkpoints=True),
-    "triton": Kernels(_triton_forward, reference.backward, checkpoints=True),
+    "triton": Kernels(_triton_forward, _triton_backward, checkpoints=True),
     "cuda": Kernels(_cuda_forward, _cuda_backward, checkpoints=True),
 }
 

@@ -34,6 +34,7 @@ MODULES = (
     "sinkhorn_streaming",
     "sinkhorn_streaming_backward",
     "selective_scan",
+    "selective_scan_backward",
     "causal_conv1d",
     "reductions",
 )

@@ -333,16 +333,21 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def shape_arguments(u: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> dict[str, int]:
-    """Sizes and constants that forward and backward have in common."""
+def groups_of(B: Tensor, C: Tensor) -> tuple[int, int, int]:
+    """Groups of channels that share both B and C; how many of them share B, and C."""
+    groups_B, groups_C = (m.shape[1] if m.dim() == 4 else 1 for m in (B, C))
+    groups = math.lcm(groups_B, groups_C)
+    return groups, groups // groups_B, groups // groups_C
+
+
+def _shape_arguments(u: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> dict[str, int]:
     (_, D, L), N = u.shape, A.shape[1]
     states, more, lanes = split(N)
     channels = 32 // lanes * NUM_WARPS
-    groups_B, groups_C = (m.shape[1] if m.dim() == 4 else 1 for m in (B, C))
-    groups = math.lcm(groups_B, groups_C)
+    groups, groups_per_B, groups_per_C = groups_of(B, C)
     return {
         **{"D": D, "L": L, "N": N, "groups": groups},
-        **{"groups_per_B": groups // groups_B, "groups_per_C": groups // groups_C},
+        **{"groups_per_B": groups_per_B, "groups_per_C": groups_per_C},
         **{"blocks": triton.cdiv(D // groups, channels), "chunks": triton.cdiv(L, chunk_size)},
         **{"CONSTANT_B": B.dim() == 2, "CONSTANT_C": C.dim() == 2, "CHUNK": chunk_size},
         **{"LANES": lanes, "CHANNELS": channels, "STATES": states, "MORE": more},
@@ -374,7 +379,7 @@ def forward(
     u, delta, z, out and per-step B, C in fp32, fp16 or bf16 and of any strides, without a copy; the rest in fp32
     (lengths and seq_idx in int32). Nothing synchronises, and the launch depends on shapes and strides only.
     """
-    sizes = shape_arguments(u, A, B, C, chunk_size)
+    sizes = _shape_arguments(u, A, B, C, chunk_size)
     if chunk_size % STEPS != 0:
         raise ValueError(f"selective_scan: `chunk_size` must be a multiple of {STEPS}; got {chunk_size}.")
     programs = u.shape[0] * sizes["groups"] * sizes["blocks"]
@@ -412,28 +417,33 @@ def forward(
 
 
 def specialization(
-    kernel: object, states: int, dtype: str, full: bool, last: str, steps: int, quick: bool = False
+    kernel: object, tile: dict[str, int], states: int, dtype: str, full: bool, last: str, constant: bool, quick: bool
 ) -> Specialization:
-    """One launch; ``full``: every option; ``last``: which axis of u and B is contiguous, "l" or "d" and "n"."""
-    first, more, lanes = split(states)
-    channels = 32 // lanes * NUM_WARPS
-    tensors = dict.fromkeys(("u", "delta", "B", "C", "z", "out", "grad_out", "du", "ddelta", "dz"), f"*{dtype}")
-    tensors |= dict.fromkeys(("A", "skip", "delta_bias", "final_state", "checkpoints", "grad_final_state"), "*fp32")
-    tensors |= dict.fromkeys(("dA", "dB", "dC", "dD", "ddelta_bias", "dinitial_state"), "*fp32")
+    """One launch of the forward or the backward.
+
+    Args:
+        tile: the constants of the tile.
+        full: every option, instead of those of Mamba alone.
+        last: which axis of u and B is contiguous, "l" or "d" and "n".
+        constant: whether B and C are.
+    """
+    steps = ("u", "delta", "z", "out", "grad_out", "du", "ddelta", "dz")
+    pointers = dict.fromkeys(steps, f"*{dtype}")
+    pointers |= dict.fromkeys(("B", "C"), "*fp32" if constant else f"*{dtype}")
+    pointers |= dict.fromkeys(("A", "skip", "delta_bias", "final_state", "checkpoints", "adjoint", "sums"), "*fp32")
+    pointers |= dict.fromkeys(("dA", "dB", "dC", "dD", "ddelta_bias"), "*fp32")
     optional = {"initial_state": "*fp32", "lengths": "*i32", "seq_idx": "*i32"}
-    options = {"SOFTPLUS": True, "REVERSE": full, "CONSTANT_B": False, "CONSTANT_C": False, "CHUNK": 32}
-    options |= {"STEPS": steps, "LANES": lanes, "CHANNELS": channels, "STATES": first, "MORE": more}
-    constants = options | ({} if full else dict.fromkeys((*optional, "grad_final_state", "dinitial_state")))
+    constants = {"SOFTPLUS": True, "REVERSE": full, "CONSTANT_B": constant, "CONSTANT_C": constant, "CHUNK": 32}
+    constants |= tile | ({} if full else dict.fromkeys(optional))
+    constants |= {f"{name.removesuffix('_out')}_{last}": 1 for name in steps}
+    constants |= {f"{matrix}_{'l' if last == 'l' else 'n'}": 1 for matrix in ("B", "C")}
     names = kernel.arg_names
-    sizes = [name for name in names if name not in {**tensors, **optional, **constants}]
-    ones = [f"{tensor}_{last}" for tensor in ("u", "delta", "z", "out", "grad", "du", "ddelta", "dz")]
-    ones += [f"{matrix}_{'l' if last == 'l' else 'n'}" for matrix in ("B", "C")]
-    constants |= dict.fromkeys(ones, 1)
-    known = {**tensors, **optional, **dict.fromkeys(sizes, "i32")}
+    sizes = [name for name in names if name not in {**pointers, **optional, **constants}]
+    known = {**pointers, **optional, **dict.fromkeys(sizes, "i32")}
     return Specialization(
         kernel=kernel,
-        tile=f"{channels}x{states} {dtype}, {'steps' if last == 'l' else 'channels'} contiguous"
-        f"{', all options' if full else ''}",
+        tile=f"{tile['CHANNELS']}x{states} {dtype}, {'steps' if last == 'l' else 'channels'} contiguous"
+        f"{', all options' if full else ''}{', constant B and C' if constant else ''}",
         arguments={name: kind for name, kind in known.items() if name in names and name not in constants},
         constants={name: value for name, value in constants.items() if name in names},
         num_warps=NUM_WARPS,
@@ -442,13 +452,11 @@ def specialization(
     )
 
 
-def launches(kernel: object, steps: int) -> Iterator[Specialization]:
+def specializations() -> Iterator[Specialization]:
     """State sizes 8 to 64 in fp32 and bf16, both layouts; with every option, and with those of Mamba alone."""
     for states, dtype, full, last in itertools.product((8, 16, 24, 32, 64), ("fp32", "bf16"), (True, False), "ld"):
         if states == 16 or (states == 24 and last == "l") or (dtype == "fp32" and full and last == "l"):
+            first, more, lanes = split(states)
+            tile = {"LANES": lanes, "CHANNELS": 32 // lanes * NUM_WARPS, "STATES": first, "MORE": more, "STEPS": STEPS}
             quick = states in (16, 24) and dtype == "fp32" and full and last == "l"
-            yield specialization(kernel, states, dtype, full, last, steps, quick)
-
-
-def specializations() -> Iterator[Specialization]:
-    return launches(_selective_scan_forward, STEPS)
+            yield specialization(_selective_scan_forward, tile, states, dtype, full, last, False, quick)
