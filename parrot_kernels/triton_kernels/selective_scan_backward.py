@@ -190,7 +190,7 @@ def _selective_scan_backward(
     d = group * size + local
     row = b * D + d
     step = tl.arange(0, STEPS)[:, None, None, None]
-    chunk_step = tl.arange(0, CHUNK)[:, None, None, None]
+    sum_step = tl.arange(0, 2 * STEPS)[:, None, None, None]
     tile = tl.arange(0, CHUNK // STEPS)[:, None, None, None]
     lane = tl.arange(0, LANES)[None, None, None, :]
     slice_state = tl.arange(0, STATES // LANES)[None, :, None, None] * LANES + lane
@@ -249,7 +249,7 @@ def _selective_scan_backward(
                 restarts = None
                 if seq_idx is not None:
                     restarts = load_restarts(seq_idx, s, n, REVERSE)
-                nothing = in_place(A + d * N + state, state, N)
+                nothing = in_place(A + d * N + state, state, N + j)  # j, so that it is not hoisted
                 dt = step_size(raw + bias, s, n, SOFTPLUS)
                 _, h = run(decays(dt, A2, restarts, nothing), dt * u_t * B_t + nothing, h, step, STEPS)
                 starts = tl.where(tile == j, h, starts)
@@ -296,39 +296,41 @@ def _selective_scan_backward(
                 tl.store(dC + row * N + state, sum_C, mask=mask)
             tl.debug_barrier()  # other threads may read what was stored
 
-        s = chunk * CHUNK + chunk_step
-        raw = load_steps(delta, s, n, d, valid_d, delta_d, delta_l, REVERSE) + bias
-        u_t = load_steps(u, s, n, d, valid_d, u_d, u_l, REVERSE)
-        dinput = tl.load(sums_input + chunk_step * CHANNELS, mask=s < n, other=0.0)
-        ddt = tl.load(sums_dt + chunk_step * CHANNELS, mask=s < n, other=0.0) + dinput * u_t
-        dy = tl.zeros([CHUNK, 1, CHANNELS, 1], tl.float32)
-        if grad_out is not None:
-            dy = load_steps(grad_out, s, n, d, valid_d, grad_d, grad_l, REVERSE)
-        if z is not None:
-            gate = load_steps(z, s, n, d, valid_d, z_d, z_l, REVERSE)
-            y = tl.load(sums_y + chunk_step * CHANNELS, mask=s < n, other=0.0) + D_d * u_t
-            opened = sigmoid(gate)
-            dgate = dy * y * opened * (1.0 + gate * (1.0 - opened))
-            store_steps(dz, dgate, s, n, L, d, valid_d, dz_d, dz_l, REVERSE)
-            dy *= gate * opened
-        dt = step_size(raw, s, n, SOFTPLUS)
-        store_steps(du, dinput * dt + D_d * dy, s, n, L, d, valid_d, du_d, du_l, REVERSE)
-        if SOFTPLUS:
-            ddt *= tl.where(raw > SOFTPLUS_THRESHOLD, 1.0, sigmoid(raw))
-        store_steps(ddelta, ddt, s, n, L, d, valid_d, ddelta_d, ddelta_l, REVERSE)
-        if ddelta_bias is not None:
-            sum_bias += tl.sum(tl.where(s < n, ddt, 0.0), 0, keep_dims=True)
-        if dD is not None:
-            sum_D += tl.sum(dy * u_t, 0, keep_dims=True)
+        for first in range(0, CHUNK, 2 * STEPS):
+            place = first + sum_step
+            s = chunk * CHUNK + place
+            raw = load_steps(delta, s, n, d, valid_d, delta_d, delta_l, REVERSE) + bias
+            u_t = load_steps(u, s, n, d, valid_d, u_d, u_l, REVERSE)
+            dinput = tl.load(sums_input + place * CHANNELS, mask=s < n, other=0.0)
+            ddt = tl.load(sums_dt + place * CHANNELS, mask=s < n, other=0.0) + dinput * u_t
+            dy = tl.zeros([2 * STEPS, 1, CHANNELS, 1], tl.float32)
+            if grad_out is not None:
+                dy = load_steps(grad_out, s, n, d, valid_d, grad_d, grad_l, REVERSE)
+            if z is not None:
+                gate = load_steps(z, s, n, d, valid_d, z_d, z_l, REVERSE)
+                y = tl.load(sums_y + place * CHANNELS, mask=s < n, other=0.0) + D_d * u_t
+                opened = sigmoid(gate)
+                dgate = dy * y * opened * (1.0 + gate * (1.0 - opened))
+                store_steps(dz, dgate, s, n, L, d, valid_d, dz_d, dz_l, REVERSE)
+                dy *= gate * opened
+            dt = step_size(raw, s, n, SOFTPLUS)
+            store_steps(du, dinput * dt + D_d * dy, s, n, L, d, valid_d, du_d, du_l, REVERSE)
+            if SOFTPLUS:
+                ddt *= tl.where(raw > SOFTPLUS_THRESHOLD, 1.0, sigmoid(raw))
+            store_steps(ddelta, ddt, s, n, L, d, valid_d, ddelta_d, ddelta_l, REVERSE)
+            if ddelta_bias is not None:
+                sum_bias += tl.sum(tl.where(s < n, ddt, 0.0), 0, keep_dims=True)
+            if dD is not None:
+                sum_D += tl.sum(dy * u_t, 0, keep_dims=True)
         tl.debug_barrier()  # before the next chunk overwrites the sums
 
     if dD is not None:
         tl.store(dD + row, sum_D, mask=valid_d)
     if ddelta_bias is not None:
         tl.store(ddelta_bias + row, sum_bias, mask=valid_d)
-    for first in range(used * CHUNK, L, CHUNK):
-        s = first + chunk_step
-        zero = tl.zeros([CHUNK, 1, CHANNELS, 1], tl.float32)
+    for first in range(used * CHUNK, L, 2 * STEPS):
+        s = first + sum_step
+        zero = tl.zeros([2 * STEPS, 1, CHANNELS, 1], tl.float32)
         store_steps(du, zero, s, n, L, d, valid_d, du_d, du_l, REVERSE)
         store_steps(ddelta, zero, s, n, L, d, valid_d, ddelta_d, ddelta_l, REVERSE)
         if z is not None:
@@ -403,8 +405,8 @@ def backward(
     Memory while it runs, in fp32: for each per-step B or C, states / 32 of the size of u; 96 and a few times the
     states for a channel of a sequence.
     """
-    if chunk_size % STEPS != 0:
-        raise ValueError(f"selective_scan: `chunk_size` must be a multiple of {STEPS}; got {chunk_size}.")
+    if chunk_size % (2 * STEPS) != 0:
+        raise ValueError(f"selective_scan: `chunk_size` must be a multiple of {2 * STEPS}; got {chunk_size}.")
     (batch, dim, length), states = u.shape, A.shape[1]
     A, D, delta_bias, lengths, seq_idx = dense(A, D, delta_bias, lengths, seq_idx)
     if checkpoints is None:
