@@ -151,3 +151,38 @@ def test_softplus_keeps_small_steps():
     exact = run(REFERENCE, {k: None if t is None else t.double() for k, t in inputs.items()}, options)
     got = launch(inputs, options)
     assert torch.allclose(got["final_state"][:, ::2].double(), exact["final_state"][:, ::2], rtol=1e-4, atol=1e-12)
+
+
+@interpreted
+def test_backward_without_checkpoints():
+    check(*make(EVERYTHING, batch=1, length=40, dtype=torch.float32), checkpoints=False)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@interpreted
+def test_no_bit_depends_on_the_batch_or_the_padding(reverse):
+    from parrot_kernels.ops.selective_scan import selective_scan
+
+    n, per_step = 33, ("u", "delta", "z", "B", "C", "out", "seq_idx")
+    inputs, options = make({**EVERYTHING, "reverse": reverse}, batch=2, length=41, states=12, dtype=torch.float32)
+    options["lengths"] = torch.tensor([41, n])
+
+    def results(inputs, grad_out, grad_final_state, **options):
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+        outputs = selective_scan(**leaves, **options, return_final_state=True, backend="triton")
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), (grad_out, grad_final_state))
+        return dict(zip(("out", "final_state", *leaves), (*outputs, *gradients), strict=True))
+
+    def second(name, t):
+        return t[1:, ..., :n] if name in per_step else t[1:] if name in ("initial_state", "final_state") else t
+
+    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["initial_state"])
+    together, again = (results(inputs, *cotangents, **options) for _ in range(2))
+    assert all(torch.equal(t, again[name]) for name, t in together.items())
+    alone = {name: second(name, t) for name, t in inputs.items()}
+    options |= {"lengths": None, "seq_idx": options["seq_idx"][1:, :n]}
+    got = results(alone, cotangents[0][1:, :, :n], cotangents[1][1:], **options)
+    for name, t in together.items():
+        if t.dim() > 2:  # what is not summed over the batch
+            assert torch.equal(got[name], second(name, t)), name
+            assert name not in per_step or not t[1, ..., n:].any(), name
