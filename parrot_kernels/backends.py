@@ -20,7 +20,7 @@ NAMES = ("cpu", "cuda", "triton", "torch")
 
 # The first usable backend serves. Without device measurements Triton comes before CUDA C++.
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
-# Except where an op's Triton kernel borrows the reference's backward.
+# Except for the scan, whose Triton backward runs through the caches what CUDA C++ keeps in registers.
 PREFERENCE_OF = {("selective_scan", "cuda"): ("cuda", "triton", "torch")}
 
 

@@ -12,8 +12,9 @@ from test_scan_cpu import REFERENCE, run
 from tolerances import assert_close
 from torch import Tensor
 
-LENGTHS, STATES, DTYPES = (1, 2, 15, 63), (3, 8, 16, 24), (torch.float32, torch.float16, torch.bfloat16)
+LENGTHS, STATES, DTYPES = (1, 2, 15, 37), (3, 8, 16, 24), (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [dict(zip(("length", "states", "dtype"), shape, strict=True)) for shape in product(LENGTHS, STATES, DTYPES)]
+SHAPES = [shape for shape in SHAPES if shape["length"] >= 15 or shape["states"] == 8]
 
 
 def case_of(shape) -> dict[str, object]:
@@ -88,7 +89,7 @@ def test_states_are_split_without_waste():
 @pytest.mark.parametrize("reverse", [False, True])
 @interpreted
 def test_lengths(length, reverse):
-    check(*make({**EVERYTHING, "reverse": reverse}, batch=2, length=length, dtype=torch.float32))
+    check(*make({**EVERYTHING, "reverse": reverse}, batch=1, length=length, dtype=torch.float32))
 
 
 @interpreted
@@ -164,7 +165,9 @@ def test_no_bit_depends_on_the_batch_or_the_padding(reverse):
     from parrot_kernels.ops.selective_scan import selective_scan
 
     n, per_step = 33, ("u", "delta", "z", "B", "C", "out", "seq_idx")
-    inputs, options = make({**EVERYTHING, "reverse": reverse}, batch=2, length=41, states=12, dtype=torch.float32)
+    inputs, options = make(
+        {**EVERYTHING, "B": "step", "reverse": reverse}, batch=2, length=41, states=12, dtype=torch.float32
+    )
     options["lengths"] = torch.tensor([41, n])
 
     def results(inputs, grad_out, grad_final_state, **options):
