@@ -156,6 +156,19 @@ void bind_sinkhorn_hadamard(py::module_& m) {
             if (failure) throw std::runtime_error(std::string("sinkhorn_hadamard (cuda): ") + failure);
         },
         SINKHORN_FORWARD_ARGUMENTS, py::arg("stream"));
+    m.def(
+        "sinkhorn_hadamard_backward_cuda",
+        [](SINKHORN_BACKWARD_PARAMETERS, Optional workspace, uintptr_t stream) {
+            SinkhornHadamardBackward p;
+            SET_SINKHORN_BACKWARD(p);
+            p.workspace = given(workspace);
+            p.stream = reinterpret_cast<void*>(stream);
+            const char* failure = cuda::sinkhorn_hadamard_backward(p);
+            if (failure) throw std::runtime_error(std::string("sinkhorn_hadamard (cuda): ") + failure);
+        },
+        SINKHORN_BACKWARD_ARGUMENTS, py::arg("workspace"), py::arg("stream"));
+    m.def("sinkhorn_hadamard_needs_workspace", &cuda::sinkhorn_hadamard_needs_workspace, py::kw_only(), py::arg("N"),
+          py::arg("M"), py::arg("wide"));
     m.def("sinkhorn_hadamard_shared_memory", &cuda::sinkhorn_hadamard_shared_memory, py::kw_only(), py::arg("N"),
           py::arg("M"), py::arg("wide"));
     m.def("shared_memory_limit", &cuda::shared_memory_limit);

@@ -23,9 +23,23 @@ pytestmark = pytest.mark.skipif(not SOURCES.exists(), reason="needs the sources 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc (on PATH or under CUDA_HOME)")
 
 
+def compilations() -> list:
+    """Every file for every architecture, but only one of them without the marker `slow`."""
+    quick = ("causal_conv1d_f32", ARCHITECTURES[-1])
+    pairs = [(source, architecture) for source in KERNEL_FILES for architecture in ARCHITECTURES]
+    return [
+        pytest.param(
+            source,
+            architecture,
+            id=f"{source.stem}-{architecture}",
+            marks=() if (source.stem, architecture) == quick else pytest.mark.slow,
+        )
+        for source, architecture in pairs
+    ]
+
+
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("source", "architecture"), compilations())
 def test_compiles_without_warnings_or_spills(source, architecture, tmp_path):
     command = [NVCC, "-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v,-warn-spills,-Werror"]
     command += [f"-arch=sm_{architecture}", f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'cuda'}"]

@@ -1,4 +1,7 @@
 // The entry points of the CUDA forward of Sinkhorn-Hadamard: dispatch on the dtype, and which sizes fit a block.
+#include <algorithm>
+
+#include "sinkhorn_hadamard_adjoint.cuh"
 #include "sinkhorn_hadamard_forward.cuh"
 
 namespace parrot {
@@ -26,8 +29,13 @@ const char* sinkhorn_hadamard_forward(const SinkhornHadamardForward& params) {
 
 int64_t sinkhorn_hadamard_shared_memory(int64_t N, int64_t M, bool wide) {
     using namespace sinkhorn;
-    return static_cast<int64_t>(wide ? ForwardMemory<double>().carve(nullptr, Shape<double>(N, M))
-                                     : ForwardMemory<float>().carve(nullptr, Shape<float>(N, M)));
+    const auto most = [&](auto forward, auto backward) {
+        using Real = std::remove_pointer_t<decltype(forward.c)>;
+        return static_cast<int64_t>(std::max(forward.carve(nullptr, Shape<Real>(N, M)),
+                                             backward.carve(nullptr, Shape<Real>(N, M, kBackwardWarps))));
+    };
+    return wide ? most(ForwardMemory<double>(), BackwardMemory<double>())
+                : most(ForwardMemory<float>(), BackwardMemory<float>());
 }
 
 int64_t shared_memory_limit() { return most_shared_memory(); }

@@ -19,8 +19,11 @@ constexpr int kRows = 8;  // of a group; four lanes hold the sum of one of them
 constexpr int kLeastWarps = 4;
 template <typename Real>
 constexpr int kMostWarps = sizeof(Real) == 8 ? 8 : 16;  // so many that a thread has the registers it needs
-constexpr int kFeatures = 16;                           // staged at a time for the costs
-constexpr int kStagedColumns = 128;                     // likewise
+constexpr int kBackwardWarps = 8;                       // likewise: it holds two matrices
+template <typename Real>
+constexpr int kBackwardChunks = sizeof(Real) == 8 ? 2 : 4;  // of 32 columns, in registers
+constexpr int kFeatures = 16;                               // staged at a time for the costs
+constexpr int kStagedColumns = 128;                         // likewise
 constexpr int kStagedChunks = kStagedColumns / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr double kLn2 = 0.6931471805599453;
@@ -58,12 +61,12 @@ template <typename Real>
 struct Shape {
     int rows, pitch, columns, warps;  // N and M rounded up to groups of rows, M also to whole warps
 
-    __host__ __device__ Shape(int64_t N, int64_t M) {
+    __host__ __device__ Shape(int64_t N, int64_t M, int most_warps = kMostWarps<Real>) {
         rows = static_cast<int>((N + kRows - 1) / kRows * kRows);
         pitch = static_cast<int>((M + 7) / 8 * 8);
         columns = static_cast<int>((M + 31) / 32 * 32);
         const int groups = rows / kRows;
-        warps = groups < kLeastWarps ? kLeastWarps : groups < kMostWarps<Real> ? groups : kMostWarps<Real>;
+        warps = groups < kLeastWarps ? kLeastWarps : groups < most_warps ? groups : most_warps;
     }
     __host__ __device__ __forceinline__ int staging() const {
         return kFeatures * (warps * kRows + 4 + kStagedColumns + 4);
@@ -161,9 +164,9 @@ __device__ __forceinline__ Real largest_of_block(Real value, Real* scratch, int 
 }
 
 // Weights with their floor, and their logarithms.
-template <typename Real>
-__device__ __forceinline__ void read_weights(const Array<const Real>& given, int64_t b, int count, Real* weights,
-                                             Real* logs) {
+template <typename Real, typename Vector>
+__device__ __forceinline__ void read_weights(const Array<const Real>& given, int64_t b, int count,
+                                             const Vector& weights, const Vector& logs) {
     for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
         Real weight = given ? given(b, i) : Real(1) / static_cast<Real>(count);
         if (weight < Limits<Real>::tiny) weight = Limits<Real>::tiny;
@@ -196,8 +199,8 @@ __device__ __forceinline__ Real row_lse(const Real* c, int pitch, int m, const P
 }
 
 // Of the warp's rows, for each column: the largest F_i - c_ij, and the sum of the powers of the rest.
-template <typename Real>
-__device__ __forceinline__ void column_lse_parts(const Real* c, const Shape<Real>& shape, int n, int m, const Real* F,
+template <typename Real, typename Vector>
+__device__ __forceinline__ void column_lse_parts(const Real* c, const Shape<Real>& shape, int n, int m, const Vector& F,
                                                  Real* largest_slots, Real* sum_slots) {
     const int warp = warp_index(), step = shape.warps * kRows;
 #pragma unroll 1
@@ -225,9 +228,9 @@ __device__ __forceinline__ Real column_lse(const Real* largest_slots, const Real
 }
 
 // 1 / |point| of each row, zero for a vector of length zero.
-template <typename T>
+template <typename T, typename Vector>
 __device__ __forceinline__ void inverse_lengths(const Array<const T>& points, int64_t b, int count, int features,
-                                                int warps, Compute<T>* out) {
+                                                int warps, const Vector& out) {
     using Real = Compute<T>;
     for (int i = warp_index(); i < count; i += warps) {
         Real sum = 0;
@@ -241,9 +244,9 @@ __device__ __forceinline__ void inverse_lengths(const Array<const T>& points, in
 }
 
 // Rows [first, first + kFeatures of each) of points into shared memory, transposed, as zeros past the end.
-template <typename T>
+template <typename T, typename Vector>
 __device__ __forceinline__ void stage(const Array<const T>& points, int64_t b, int first, int width, int count, int d0,
-                                      int features, const Compute<T>* factor, Compute<T>* staged) {
+                                      int features, const Vector& factor, Compute<T>* staged) {
     for (int item = static_cast<int>(threadIdx.x); item < width * kFeatures; item += static_cast<int>(blockDim.x)) {
         const int i = item / kFeatures, d = item % kFeatures;
         Compute<T> value = 0;
@@ -258,10 +261,10 @@ __device__ __forceinline__ void stage(const Array<const T>& points, int64_t b, i
 // The costs of all valid pairs, not scaled, by differences of the points (for cosine of the unit vectors, 1 - cos =
 // |x - y|^2 / 2): a product |x|^2 + |y|^2 - 2 <x, y> would cancel for points that are near each other. Returns this
 // thread's largest one. x_length, y_length: inverse lengths of the points, for cosine.
-template <typename T>
+template <typename T, typename Rows, typename Columns>
 __device__ __forceinline__ Compute<T> pairwise_costs(const Array<const T>& x, const Array<const T>& y, int64_t b, int n,
-                                                     int m, int features, CostKind kind, const Compute<T>* x_length,
-                                                     const Compute<T>* y_length, const Shape<Compute<T>>& shape,
+                                                     int m, int features, CostKind kind, const Rows& x_length,
+                                                     const Columns& y_length, const Shape<Compute<T>>& shape,
                                                      Compute<T>* staging, Compute<T>* c) {
     using Real = Compute<T>;
     const int lane = lane_index(), warp = warp_index(), width = shape.warps * kRows;
@@ -273,8 +276,8 @@ __device__ __forceinline__ Compute<T> pairwise_costs(const Array<const T>& x, co
             Real sums[kRows][kStagedChunks] = {};
             for (int d0 = 0; d0 < features; d0 += kFeatures) {
                 __syncthreads();
-                stage(x, b, row, width, n, d0, features, cosine ? x_length : nullptr, xs);
-                stage(y, b, column, kStagedColumns, m, d0, features, cosine ? y_length : nullptr, ys);
+                stage(x, b, row, width, n, d0, features, cosine ? x_length : Rows{}, xs);
+                stage(y, b, column, kStagedColumns, m, d0, features, cosine ? y_length : Columns{}, ys);
                 __syncthreads();
                 if (i0 >= n) continue;
                 for (int d = 0; d < kFeatures; ++d) {

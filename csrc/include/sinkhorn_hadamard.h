@@ -27,7 +27,8 @@ struct SinkhornHadamardForward {
     void* stream = nullptr;  // CUDA
 };
 
-// In the compute dtype, but for dx, dy and dcost_matrix, which have their inputs'. What is not needed is absent.
+// In the compute dtype, but for dx, dy (on CUDA they are too) and dcost_matrix, which have their inputs'. What is not
+// needed is absent.
 struct SinkhornHadamardBackward {
     TensorView x, y, a, b, x_lengths, y_lengths, cost_matrix, eps;
     CostKind cost = CostKind::euclidean;
@@ -41,6 +42,7 @@ struct SinkhornHadamardBackward {
     TensorView grad_transport_cost;
     // Outputs, preallocated.
     TensorView dx, dy, dcost_matrix, da, db, deps;
+    TensorView workspace;                        // CUDA: (B,N,M), see sinkhorn_hadamard_needs_workspace
     int64_t workspace_limit = int64_t{1} << 30;  // as in the forward
     int num_threads = 1;                         // CPU
     void* stream = nullptr;                      // CUDA
@@ -49,6 +51,9 @@ struct SinkhornHadamardBackward {
 namespace cuda {
 // Return nullptr, or what the launch failed with.
 const char* sinkhorn_hadamard_forward(const SinkhornHadamardForward& params);
+const char* sinkhorn_hadamard_backward(const SinkhornHadamardBackward& params);
+// Whether the backward needs a workspace: what the registers of a block don't hold.
+bool sinkhorn_hadamard_needs_workspace(int64_t N, int64_t M, bool wide);
 // Bytes of shared memory that a problem takes (`wide`: of doubles), and that a block of the current device can have.
 int64_t sinkhorn_hadamard_shared_memory(int64_t N, int64_t M, bool wide);
 int64_t shared_memory_limit();

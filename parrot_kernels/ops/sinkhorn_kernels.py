@@ -83,6 +83,24 @@ def _cuda_forward(*, x: Tensor, **arguments: Any) -> None:
     native.call_cuda("sinkhorn_hadamard_forward_cuda", x.device, x=x, **arguments)
 
 
+def _cuda_backward(
+    *, x: Tensor, y: Tensor, eps: Tensor, gradient: str, dx: Tensor | None, dy: Tensor | None, **arguments: Any
+) -> None:
+    if gradient == "implicit":  # one dense linear system in float64, by way of PyTorch
+        _reference_backward(x=x, y=y, eps=eps, gradient=gradient, dx=dx, dy=dy, **arguments)
+        return
+    batch, N, M = x.shape[0], x.shape[1], y.shape[1]
+    wide = x.dtype == torch.float64
+    needs_workspace = native.workspace_size("sinkhorn_hadamard_needs_workspace", N=N, M=M, wide=wide)
+    workspace = eps.new_empty(batch, N, M) if needs_workspace else None
+    sums = [t if t is None or t.dtype == eps.dtype else torch.empty_like(t, dtype=eps.dtype) for t in (dx, dy)]
+    given = {"x": x, "y": y, "eps": eps, "gradient": gradient, "workspace": workspace, **arguments}
+    native.call_cuda("sinkhorn_hadamard_backward_cuda", x.device, dx=sums[0], dy=sums[1], **given)
+    for target, wider in zip((dx, dy), sums, strict=True):
+        if target is not wider:
+            target.copy_(wider)
+
+
 def why_not_cuda(x: Tensor, y: Tensor) -> str | None:
     """None if the shared memory of a block holds such a problem, else the reason."""
     extension = native.extension()
@@ -101,7 +119,7 @@ def why_not_cuda(x: Tensor, y: Tensor) -> str | None:
 KERNELS = {
     "torch": Kernels(_in_full_precision(reference.forward), _reference_backward),
     "cpu": Kernels(_cpu_forward, _cpu_backward),
-    "cuda": Kernels(_cuda_forward, _reference_backward),
+    "cuda": Kernels(_cuda_forward, _cuda_backward),
     "triton": Kernels(_triton_forward, _triton_backward),
 }
 

@@ -1,0 +1,12 @@
+// One file per dtype, so that they compile in parallel.
+#include "sinkhorn_hadamard_backward.cuh"
+
+namespace parrot {
+namespace cuda {
+
+const char* sinkhorn_hadamard_backward_f16(const SinkhornHadamardBackward& params) {
+    return sinkhorn::backward<__half>(params);
+}
+
+}  // namespace cuda
+}  // namespace parrot
