@@ -41,8 +41,8 @@ IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
         "cuda": frozenset(checks.FLOATS),
         "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
     },
-    "selective_state_update": {"cpu": frozenset(checks.FLOATS)},
-    "causal_conv1d_update": {"cpu": frozenset(checks.FLOATS)},
+    "selective_state_update": {"cpu": frozenset(checks.FLOATS), "cuda": frozenset(checks.FLOATS)},
+    "causal_conv1d_update": {"cpu": frozenset(checks.FLOATS), "cuda": frozenset(checks.FLOATS)},
 }
 
 
