@@ -102,3 +102,12 @@ def exponentials_per_second() -> float:
         function = ctypes.CDLL(str(library)).exponentials_per_second
         function.restype = ctypes.c_double
         return function() * torch.get_num_threads()
+
+
+def ceilings() -> dict[str, float]:
+    """What the CPU can do, for the rows."""
+    return {
+        "exponentials_per_s": exponentials_per_second(),
+        "multiply_adds_per_s": multiply_adds_per_second(),
+        "bytes_per_s": bytes_per_second(),
+    }

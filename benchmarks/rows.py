@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,3 +53,8 @@ def own(group: dict[str, dict]) -> dict | None:
 
 def commits(rows: Iterable[dict]) -> str:
     return ", ".join(sorted({row["commit"] for row in rows}))
+
+
+def device_argument(parser: argparse.ArgumentParser) -> None:
+    known = sorted(path.stem for path in RESULTS.glob("*.jsonl"))
+    parser.add_argument("device", choices=known, nargs="?" if len(known) == 1 else None, default=known[0])

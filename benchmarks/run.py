@@ -2,6 +2,7 @@
 
     python -m benchmarks.run --op sinkhorn_hadamard --device cpu --peers all
     python -m benchmarks.run --op selective_scan --cases 1x384x256x16 --modes forward
+    python -m benchmarks.run --suite quick
 
 Every provider takes its turn in each round, so that a noisy machine is noisy for all. One row a provider, case
 and mode is appended to ``benchmarks/results/<device>.jsonl``; the table on screen shows medians and how many
@@ -12,21 +13,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import machine, timing
+from . import machine, plot, rows, startup, sweeps, timing
 
 OPS = ("sinkhorn_hadamard", "selective_scan", "causal_conv1d")
-RESULTS = Path(__file__).with_name("results")
+RESULTS = rows.RESULTS
 # Keeps glibc from giving large blocks back to the kernel after every step: half the time of large cases in torch.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -35,22 +35,43 @@ TUNED_ALLOCATOR = {
 }
 
 
+# Left out of the quick suite: what takes seconds to import, to compile, or a call.
+EXPENSIVE_PEERS = ("compile", "transformers", "mambapy", "POT", "OTT")
+ALL_MODES = ("forward", "both", "latency", "startup", "sweep")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", choices=OPS, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--op", choices=OPS)
+    what.add_argument(
+        "--suite", choices=("quick", "full"),
+        help="every op in every mode, then plots; quick: few small cases, cheap peers, minutes on two cores",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", choices=("all", "none"), default="all")
-    parser.add_argument("--modes", nargs="+", choices=("forward", "both"), default=["forward", "both"])
+    parser.add_argument("--modes", nargs="+", choices=ALL_MODES, help="default: forward both; of a suite, all")
     parser.add_argument("--cases", nargs="+", help="shapes as printed, such as 1x32x32x120; default all")
     parser.add_argument("--skip", nargs="+", default=[], help="providers whose name contains one of these")
     parser.add_argument("--threads", type=int, help="default: what torch chooses")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each provider, case and mode")
+    parser.add_argument("--seconds", type=float, help="time for each provider, case and mode (1, quick suite 0.2)")
+    parser.add_argument("--peaks", choices=("all", "ours", "none"), help="whose peak memory (all, quick suite ours)")
     parser.add_argument("--tuned-allocator", action="store_true", help="run again with glibc told to keep its pages")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows (%(default)s)")
+    parser.add_argument("--figures", type=Path, default=plot.FIGURES, help="folder of a suite's plots (%(default)s)")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    quick = arguments.suite == "quick"
+    arguments.sizes = 3 if quick else None  # of each sweep
+    arguments.modes = arguments.modes or (ALL_MODES if arguments.suite else ("forward", "both"))
+    arguments.seconds = arguments.seconds or (0.2 if quick else 1.0)
+    arguments.peaks = arguments.peaks or ("ours" if quick else "all")
+    if quick:
+        arguments.skip = [*arguments.skip, *EXPENSIVE_PEERS]
+    return arguments
 
 
 def error_against(expected: tuple[torch.Tensor, ...], got: tuple[torch.Tensor, ...]) -> float:
@@ -105,11 +126,11 @@ def growth_mib(work: Callable[[], object]) -> float:
 
 
 def measure(op, case, mode: str, arguments: argparse.Namespace) -> list[dict]:
-    both = mode == "both"
+    both, peers = mode == "both", arguments.peers == "all" and mode in rows.MODES
     torch.compiler.reset()  # else the limit on recompilations is met by the sum of all cases
     expected = op.expected(case, both)
     ready, errors = {}, {}
-    for name, make in op.works(case, arguments.device, both, arguments.peers == "all").items():
+    for name, make in op.works(case, arguments.device, both, peers).items():
         if any(word in name for word in arguments.skip):
             continue
         try:
@@ -130,21 +151,23 @@ def measure(op, case, mode: str, arguments: argparse.Namespace) -> list[dict]:
         else:
             print(f"    {name}: not timed, it is wrong by {errors[name]:.1e} of the largest value", file=sys.stderr)
     samples = timing.interleaved(ready, arguments.device, arguments.seconds)
-    rows = []
+    found = []
     for name, values in samples.items():
         p20, p50, p80 = (float(q) for q in np.quantile(values, (0.2, 0.5, 0.8)) * 1e3)
-        peak = peak_mib(arguments, str(case), mode, name) if arguments.device == "cpu" else None
-        rows.append(
+        wanted = arguments.peaks == "all" or arguments.peaks == "ours" and name.startswith(rows.OURS)
+        with_peak = wanted and mode in rows.MODES and arguments.device == "cpu"
+        peak = peak_mib(arguments, str(case), mode, name) if with_peak else None
+        found.append(
             {"op": arguments.op, "provider": name, "mode": mode, "shape": str(case), "dtype": "float32",
              "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": len(values), "error": errors[name],
              "peak_mib": peak}
         )  # fmt: skip
-    return rows
+    return found
 
 
-def show(rows: list[dict]) -> None:
-    ours = min((r["p50_ms"] for r in rows if r["provider"].startswith("parrot_kernels")), default=None)
-    for row in sorted(rows, key=lambda r: r["p50_ms"]):
+def show(measured: list[dict]) -> None:
+    ours = min((r["p50_ms"] for r in measured if rows.is_ours(r)), default=None)
+    for row in sorted(measured, key=lambda r: r["p50_ms"]):
         ratio = f"{row['p50_ms'] / ours:8.1f}x" if ours else " " * 9
         peak = "       -" if row["peak_mib"] is None else f"{row['peak_mib']:8.1f}"
         floor = f"{100 * row['floor_ms'] / row['p50_ms']:6.1f} % of the floor's speed" if "floor_ms" in row else ""
@@ -154,6 +177,59 @@ def show(rows: list[dict]) -> None:
         )
 
 
+def with_floor(op, case, mode: str, device: str, measured: list[dict]) -> list[dict]:
+    """Rows of the CPU with the time that the machine needs at least, and what the case does in it."""
+    if device != "cpu":
+        return measured
+    both = mode == "both"
+    work = case.floor(both) if op.__name__.endswith("sinkhorn_hadamard") else case.floor()
+    return [{**row, "floor_ms": op.floor_seconds(case, both) * 1e3, "work": work} for row in measured]
+
+
+def measurements(op, arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
+    """(title, rows) of everything asked of one op."""
+    chosen = [c for c in op.CASES if not arguments.cases or str(c) in arguments.cases]
+    for mode in (m for m in rows.MODES if m in arguments.modes):
+        for case in chosen[:2] if arguments.suite == "quick" else chosen:
+            measured = measure(op, case, mode, arguments)
+            yield f"{case} {rows.MODES[mode]}", with_floor(op, case, mode, arguments.device, measured)
+    if "latency" in arguments.modes:
+        yield f"{op.TINY} latency", measure(op, op.TINY, "latency", arguments)
+    if "startup" in arguments.modes:
+        yield "import and first call in a fresh process", startup.measure(arguments.op, arguments.device)
+    if "sweep" in arguments.modes:
+        alone = argparse.Namespace(**{**vars(arguments), "peers": "none", "peaks": "none"})
+        for mode in (m for m in rows.MODES if m in arguments.modes):
+            for dimension, size, case in sweeps.cases(arguments.op, arguments.sizes):
+                measured = with_floor(op, case, mode, arguments.device, measure(op, case, mode, alone))
+                yield f"{case} {rows.MODES[mode]}", [{**row, "sweep": dimension, "size": size} for row in measured]
+
+
+def run_op(name: str, arguments: argparse.Namespace) -> list[dict]:
+    """Measure, show and append; the rows."""
+    arguments = argparse.Namespace(**{**vars(arguments), "op": name})
+    device = machine.device_name(arguments.device)
+    context = {
+        "device": device, "threads": torch.get_num_threads(), "commit": machine.commit(),
+        "date": time.strftime("%Y-%m-%d"), "allocator": "tuned" if arguments.tuned_allocator else "default",
+        "versions": machine.versions("triton", "POT", "geomloss", "ott-jax", "jax", "transformers", "mambapy"),
+        "ceilings": machine.ceilings() if arguments.device == "cpu" else {},
+    }  # fmt: skip
+    print(f"{name} on {device}, torch {torch.__version__}", end=", ")
+    print(f"commit {context['commit']}, allocator {context['allocator']}")
+    everything = []
+    for title, measured in measurements(importlib.import_module(f"benchmarks.{name}"), arguments):
+        print(f"\n{title}", flush=True)
+        show(measured)
+        done = [{**row, **context} for row in measured]
+        everything += done
+        if not arguments.no_save:
+            rows.append(done, arguments.results / f"{device}.jsonl")
+    for (_, provider, mode, dimension), power in sweeps.exponents(everything).items():
+        print(f"  {provider} {rows.MODES[mode]}: time grows as {dimension}^{power:.2f}")
+    return everything
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.tuned_allocator and any(os.environ.get(k) != v for k, v in TUNED_ALLOCATOR.items()):
@@ -161,35 +237,20 @@ def main(argv: list[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *(argv or sys.argv[1:])])
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.suite:
+        measured = [row for name in OPS for row in run_op(name, arguments)]
+        for path in plot.write(measured, arguments.figures):
+            print(path)
+        return 0
     op = importlib.import_module(f"benchmarks.{arguments.op}")
-    cases = [c for c in op.CASES if not arguments.cases or str(c) in arguments.cases]
-    if not cases:
+    chosen = [c for c in op.CASES if not arguments.cases or str(c) in arguments.cases]
+    if not chosen:
         print(f"no such case; there are {', '.join(map(str, op.CASES))}", file=sys.stderr)
         return 2
     if arguments.peak_of:
-        print_peak(op, cases[0], arguments.modes[0] == "both", arguments.peak_of)
+        print_peak(op, chosen[0], arguments.modes[0] == "both", arguments.peak_of)
         return 0
-    device = machine.device_name(arguments.device)
-    context = {
-        "device": device, "commit": machine.commit(), "date": time.strftime("%Y-%m-%d"),
-        "allocator": "tuned" if arguments.tuned_allocator else "default",
-        "versions": machine.versions("triton", "POT", "geomloss", "ott-jax", "jax", "transformers", "mambapy"),
-    }  # fmt: skip
-    print(f"{arguments.op} on {device}, torch {torch.__version__}", end=", ")
-    print(f"commit {context['commit']}, allocator {context['allocator']}")
-    for case in cases:
-        for mode in arguments.modes:
-            print(f"\n{case} {'forward + backward' if mode == 'both' else 'forward'}", flush=True)
-            rows = measure(op, case, mode, arguments)
-            if arguments.device == "cpu" and hasattr(op, "floor_seconds"):
-                floor = op.floor_seconds(case, mode == "both") * 1e3
-                rows = [{**row, "floor_ms": floor} for row in rows]
-                print(f"  floor {floor:.3f} ms")
-            show(rows)
-            if not arguments.no_save:
-                RESULTS.mkdir(exist_ok=True)
-                with (RESULTS / f"{device}.jsonl").open("a") as file:
-                    file.writelines(json.dumps({**row, **context}) + "\n" for row in rows)
+    run_op(arguments.op, arguments)
     return 0
 
 

@@ -26,9 +26,11 @@ class Case:
     N: int
     M: int
     D: int
+    iterations: int = ITERATIONS
 
     def __str__(self) -> str:
-        return f"{self.B}x{self.N}x{self.M}x{self.D}"
+        shape = f"{self.B}x{self.N}x{self.M}x{self.D}"
+        return shape if self.iterations == ITERATIONS else f"{shape}, {self.iterations} iterations"
 
     def inputs(self, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
@@ -44,12 +46,12 @@ class Case:
         products as these (the cost again, the plan's gradient and the projections' by two, the cost's by two), and six
         an entry and iteration. The matrix is read once an iteration, one way and back.
         """
-        entries = self.B * self.N * self.M
+        entries, K = self.B * self.N * self.M, self.iterations
         return {
             "exponentials": entries * (4 if both else 1),
-            "multiply_adds": entries * ((10 * self.D + 8 * ITERATIONS) if both else (3 * self.D + 2 * ITERATIONS)),
+            "multiply_adds": entries * ((10 * self.D + 8 * K) if both else (3 * self.D + 2 * K)),
             "bytes": 4 * (16 if both else 4) * self.B * (self.N + self.M) * self.D,
-            "matrix_bytes": 4 * entries * ITERATIONS * (2 if both else 1),
+            "matrix_bytes": 4 * entries * K * (2 if both else 1),
         }
 
 
@@ -57,8 +59,8 @@ CASES = [Case(1, 32, 32, 120), Case(1, 128, 128, 120), Case(32, 100, 100, 120), 
          Case(1, 4096, 4096, 64)]  # fmt: skip
 TINY = Case(2, 7, 5, 120)  # converges, so that peers which update in the other order agree
 
-# (x, y) -> (x_to_y, y_to_x)
-Projections = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (x, y, iterations) -> (x_to_y, y_to_x)
+Projections = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def scaled_cost(x: Tensor, y: Tensor) -> Tensor:
@@ -76,20 +78,20 @@ def log_domain_step(cost: Tensor, g: Tensor, log_a: float, log_b: float) -> tupl
 
 
 def log_domain(step: Callable) -> Projections:
-    def run(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, y: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         cost, g = scaled_cost(x, y), x.new_zeros(y.shape[:2])
-        for _ in range(ITERATIONS):
+        for _ in range(iterations):
             f, g = step(cost, g, -math.log(x.shape[1]), -math.log(y.shape[1]))
         return project(((f[:, :, None] + g[:, None, :] - cost) / EPS).exp(), x, y)
 
     return run
 
 
-def scaling_loop(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def scaling_loop(x: Tensor, y: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Plain scaling, not stabilised: what is fast in torch, and fails where exp(-C / eps) underflows."""
     kernel = (-scaled_cost(x, y) / EPS).exp()
     v = x.new_ones(y.shape[0], y.shape[1], 1)
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         u = 1 / x.shape[1] / (kernel @ v)
         v = 1 / y.shape[1] / (kernel.mT @ u)
     return project(u * kernel * v.mT, x, y)
@@ -98,8 +100,8 @@ def scaling_loop(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def ours(backend: str | None) -> Projections:
     from parrot_kernels import sinkhorn_transport  # the op without the Hadamard products, which no peer computes
 
-    def run(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return sinkhorn_transport(x, y, cost="sqeuclidean", eps=EPS, n_iters=ITERATIONS, backend=backend)
+    def run(x: Tensor, y: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        return sinkhorn_transport(x, y, cost="sqeuclidean", eps=EPS, n_iters=iterations, backend=backend)
 
     return run
 
@@ -107,11 +109,11 @@ def ours(backend: str | None) -> Projections:
 def pot_log() -> Projections:
     import ot
 
-    def run(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, y: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         plans = []
         for cost in scaled_cost(x, y):
             a, b = (cost.new_full((n,), 1 / n) for n in cost.shape)
-            plans.append(ot.bregman.sinkhorn_log(a, b, cost, EPS, numItermax=ITERATIONS, stopThr=0, warn=False))
+            plans.append(ot.bregman.sinkhorn_log(a, b, cost, EPS, numItermax=iterations, stopThr=0, warn=False))
         return project(torch.stack(plans), x, y)
 
     return run
@@ -120,9 +122,9 @@ def pot_log() -> Projections:
 def pot_batch() -> Projections:
     from ot.batch import solve_batch
 
-    def run(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, y: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         solution = solve_batch(
-            scaled_cost(x, y), EPS, max_iter=ITERATIONS, tol=0, method="log_sinkhorn", grad="autodiff"
+            scaled_cost(x, y), EPS, max_iter=iterations, tol=0, method="log_sinkhorn", grad="autodiff"
         )
         return project(solution.plan, x, y)
 
@@ -141,7 +143,7 @@ def ott_jax(case: Case, both: bool) -> Callable:
 
     def one(x, y):
         geometry = pointcloud.PointCloud(x, y, epsilon=EPS, scale_cost="max_cost")
-        solver = sinkhorn.Sinkhorn(threshold=-1.0, max_iterations=ITERATIONS, min_iterations=ITERATIONS)
+        solver = sinkhorn.Sinkhorn(threshold=-1.0, max_iterations=case.iterations, min_iterations=case.iterations)
         plan = solver(linear_problem.LinearProblem(geometry)).matrix
         return y.shape[0] * plan.T @ x, x.shape[0] * plan @ y
 
@@ -173,13 +175,13 @@ def work(projections: Projections, case: Case, device: str, both: bool) -> Calla
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return projections(x, y)
+                return projections(x, y, case.iterations)
 
         return forward
     x.requires_grad_(), y.requires_grad_()
 
     def forward_and_backward() -> tuple[Tensor, ...]:
-        x_to_y, y_to_x = projections(x, y)
+        x_to_y, y_to_x = projections(x, y, case.iterations)
         return torch.autograd.grad((x_to_y, y_to_x), (x, y), (dy, dx))
 
     return forward_and_backward
@@ -208,6 +210,6 @@ def expected(case: Case, both: bool) -> tuple[Tensor, ...]:
     """Float64 answers of the plain log-domain loop."""
     x, y, dx, dy = case.inputs("cpu", torch.float64)
     if not both:
-        return log_domain(log_domain_step)(x, y)
+        return log_domain(log_domain_step)(x, y, case.iterations)
     x.requires_grad_(), y.requires_grad_()
-    return torch.autograd.grad(log_domain(log_domain_step)(x, y), (x, y), (dy, dx))
+    return torch.autograd.grad(log_domain(log_domain_step)(x, y, case.iterations), (x, y), (dy, dx))

@@ -1,4 +1,4 @@
-"""How time grows with each dimension: ``python -m benchmarks.sweeps --op selective_scan``.
+"""How time grows with each dimension: ``python -m benchmarks.run --op selective_scan --modes forward sweep``.
 
 From one base case each dimension is doubled several times while the others stay. Rows carry ``sweep``, the
 dimension's name, and ``size``; the exponent p of time ~ size^p is fitted by least squares of the logarithms.
@@ -31,11 +31,11 @@ SWEEPS = {
 }  # fmt: skip
 
 
-def cases(op: str) -> Iterable[tuple[str, int, object]]:
-    """(dimension, size, case) of every measurement."""
+def cases(op: str, count: int | None = None) -> Iterable[tuple[str, int, object]]:
+    """(dimension, size, case) of every measurement, of the first ``count`` sizes where it is given."""
     base, dimensions = SWEEPS[op]
     for dimension, sizes in dimensions.items():
-        for size in sizes:
+        for size in sizes[:count]:
             yield dimension, size, dataclasses.replace(base, **{dimension: size})
 
 
