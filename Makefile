@@ -1,6 +1,7 @@
 # make demo   trains PARROT and its baselines on a spoken demo corpus and reports
 # make test   runs the test suite
-# Both make .venv first, from nothing. Another torch: make demo TORCH="torch --index-url URL"
+# make bench  measures the kernels beside their peers, in minutes, into runs/bench
+# All make .venv first, from nothing. Another torch: make demo TORCH="torch --index-url URL"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -11,13 +12,16 @@ export PARROT_BUILD_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format doctor clean
+.PHONY: demo test bench lint format doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
+
+bench: $(VENV)/.bench
+	$(BIN)/parrot bench --suite quick
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

@@ -154,7 +154,7 @@ def measure(op, case, mode: str, arguments: argparse.Namespace) -> list[dict]:
     found = []
     for name, values in samples.items():
         p20, p50, p80 = (float(q) for q in np.quantile(values, (0.2, 0.5, 0.8)) * 1e3)
-        wanted = arguments.peaks == "all" or arguments.peaks == "ours" and name.startswith(rows.OURS)
+        wanted = arguments.peaks == "all" or (arguments.peaks == "ours" and name.startswith(rows.OURS))
         with_peak = wanted and mode in rows.MODES and arguments.device == "cpu"
         peak = peak_mib(arguments, str(case), mode, name) if with_peak else None
         found.append(

@@ -38,9 +38,10 @@ def child(op_name: str, backend: str, device: str) -> dict[str, float]:
     return {"import": 1e3 * (imported - start), "cold": 1e3 * (time.perf_counter() - called)}
 
 
-def measure(op_name: str, device: str, processes: int = PROCESSES) -> list[dict]:
+def measure(op_name: str, device: str, processes: int | None = None) -> list[dict]:
     """Rows of modes ``import`` and ``cold`` for each of our backends."""
     op = importlib.import_module(f"benchmarks.{op_name}")
+    processes = processes or PROCESSES
     rows = []
     for backend in machine.our_backends(op_name, device):
         command = [sys.executable, "-m", "benchmarks.startup", op_name, backend, device]

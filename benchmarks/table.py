@@ -1,69 +1,118 @@
-"""Markdown tables from the rows of one device: ``python -m benchmarks.table amd-epyc-4-threads > table.md``.
+"""Markdown tables from the rows of one device, on screen or written into a page.
+
+    python -m benchmarks.table amd-epyc-4-threads
+    python -m benchmarks.table amd-epyc-4-threads --update docs/performance.md
 
 For every op, case, mode and allocator the newest rows count. Ratios are of medians measured in the same run.
+``--update`` replaces what lies between ``<!-- rows: NAME -->`` and ``<!-- end of rows -->``; names are those of the
+ops, ``growth``, ``startup`` and ``targets``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-RESULTS = Path(__file__).with_name("results")
-OURS = "parrot_kernels"
-MODES = {"forward": "forward", "both": "forward + backward", "generate": "a token"}
+from . import rows, sweeps, targets
 
-
-def load(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-
-
-def newest(rows: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
-    """(op, shape, mode, allocator) -> provider -> its last row; a later run replaces an earlier one as a whole."""
-    found: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        group = found.setdefault((row["op"], row["shape"], row["mode"], row["allocator"]), {})
-        if row["provider"] in group:
-            group.clear()
-        group[row["provider"]] = row
-    return found
+BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
+STARTUP = {"import": "import", "cold": "first call of a process", "latency": "smallest problem"}
 
 
 def cell(row: dict | None, ours: float) -> str:
     return "-" if row is None else f"{row['p50_ms']:.3g} ({row['p50_ms'] / ours:.1f}x)"
 
 
-def tables(rows: list[dict]) -> Iterable[str]:
-    groups = newest(rows)
-    for op in dict.fromkeys(key[0] for key in groups):
-        mine = {key: group for key, group in groups.items() if key[0] == op}
-        peers = [p for p in dict.fromkeys(p for group in mine.values() for p in group) if not p.startswith(OURS)]
-        commits = sorted({row["commit"] for group in mine.values() for row in group.values()})
-        yield f"### `{op}`, {next(iter(next(iter(mine.values())).values()))['device']}, at {', '.join(commits)}\n"
-        yield "Medians in ms; in brackets how many times longer than ours.\n"
-        yield f"| case | mode | allocator | ours | of the floor's speed | peak MiB | {' | '.join(peers)} |"
-        yield "|---" * (6 + len(peers)) + "|"
-        for (_, shape, mode, allocator), group in mine.items():
-            own = min((r for p, r in group.items() if p.startswith(OURS)), key=lambda r: r["p50_ms"], default=None)
-            if own is None:
-                continue
-            time, peak = own["p50_ms"], own["peak_mib"]
-            floor = f"{100 * own['floor_ms'] / time:.0f} %" if own.get("floor_ms") else "-"
-            cells = [cell(group.get(peer), time) for peer in peers]
-            yield (
-                f"| {shape} | {MODES[mode]} | {allocator} | {time:.3g} | {floor} | "
-                f"{'-' if peak is None else f'{peak:.1f}'} | {' | '.join(cells)} |"
-            )
-        yield ""
+def op_table(op: str, measured: list[dict]) -> list[str]:
+    groups = {k: group for k, group in rows.newest(rows.cases(measured)).items() if k[0] == op and rows.own(group)}
+    if not groups:
+        return []
+    peers = [p for p in dict.fromkeys(p for group in groups.values() for p in group) if not p.startswith(rows.OURS)]
+    counted = [row for group in groups.values() for row in group.values()]
+    lines = [
+        f"### `{op}`, {counted[0]['device']}, at {rows.commits(counted)}", "",
+        "Medians in ms; in brackets how many times longer than ours.", "",
+        f"| case | mode | allocator | ours | of the floor's speed | peak MiB | {' | '.join(peers)} |",
+        "|---" * (6 + len(peers)) + "|",
+    ]  # fmt: skip
+    for (_, shape, mode, allocator), group in groups.items():
+        own = rows.own(group)
+        time, peak = own["p50_ms"], own["peak_mib"]
+        floor = f"{100 * own['floor_ms'] / time:.0f} %" if own.get("floor_ms") else "-"
+        cells = [cell(group.get(peer), time) for peer in peers]
+        lines.append(
+            f"| {shape} | {rows.MODES[mode]} | {allocator} | {time:.3g} | {floor} | "
+            f"{'-' if peak is None else f'{peak:.1f}'} | {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def startup_table(measured: list[dict]) -> list[str]:
+    newest = {(row["op"], row["provider"], row["mode"]): row for row in measured if row["mode"] in STARTUP}
+    if not newest:
+        return []
+    lines = [
+        f"### Start, {measured[0]['device']}, at {rows.commits(newest.values())}", "", "Medians in ms.", "",
+        f"| op | provider | case | {' | '.join(STARTUP.values())} |", "|---" * (3 + len(STARTUP)) + "|",
+    ]  # fmt: skip
+    for op, provider in dict.fromkeys(key[:2] for key in newest):
+        found = [newest.get((op, provider, mode)) for mode in STARTUP]
+        shape = next(row["shape"] for row in found if row)
+        cells = ["-" if row is None else f"{row['p50_ms']:.3g}" for row in found]
+        lines.append(f"| {op} | {provider} | {shape} | {' | '.join(cells)} |")
+    return lines
+
+
+def growth_table(measured: list[dict]) -> list[str]:
+    newest, fitted = sweeps.newest(measured), sweeps.exponents(measured)
+    if not fitted:
+        return []
+    counted = [row for key in fitted for row in newest[key].values()]
+    lines = [
+        f"### Growth, {measured[0]['device']}, at {rows.commits(counted)}", "",
+        "| op | provider | mode | dimension | sizes | time grows as |", "|---" * 6 + "|",
+    ]  # fmt: skip
+    for (op, provider, mode, dimension), power in fitted.items():
+        sizes = sorted(newest[op, provider, mode, dimension])
+        lines.append(
+            f"| {op} | {provider} | {rows.MODES[mode]} | {dimension} | {sizes[0]} to {sizes[-1]} | "
+            f"{dimension}^{power:.2f} |"
+        )
+    return lines
+
+
+def tables(measured: list[dict]) -> dict[str, list[str]]:
+    """Name -> lines, for what there are rows of."""
+    found = {op: op_table(op, measured) for op in dict.fromkeys(row["op"] for row in measured)}
+    found |= {"growth": growth_table(measured), "startup": startup_table(measured), "targets": targets.table(measured)}
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def update(page: str, measured: list[dict]) -> str:
+    """The page with its blocks written anew; a block whose rows are missing stays as it is."""
+    made = tables(measured)
+
+    def block(match: re.Match) -> str:
+        lines = made.get(match[2])
+        return match[0] if lines is None else "\n".join((f"{match[1]}", *lines, "", match[4]))
+
+    return BLOCK.sub(block, page)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    known = sorted(path.stem for path in RESULTS.glob("*.jsonl"))
-    parser.add_argument("device", choices=known, nargs="?" if len(known) == 1 else None, default=known[0])
-    print("\n".join(tables(load(RESULTS / f"{parser.parse_args(argv).device}.jsonl"))))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    rows.device_argument(parser)
+    parser.add_argument("--update", type=Path, metavar="PAGE", help="write the tables into this page")
+    arguments = parser.parse_args(argv)
+    measured = rows.load(rows.RESULTS / f"{arguments.device}.jsonl")
+    if arguments.update:
+        arguments.update.write_text(update(arguments.update.read_text(), measured))
+    else:
+        print("\n\n".join("\n".join(lines) for lines in tables(measured).values()))
     return 0
 
 

@@ -8,9 +8,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from parrot.commands import convert, corpora, demo, features, info, predict, reproduce, train
+from parrot.commands import bench, convert, corpora, demo, features, info, predict, reproduce, train
 
-COMMANDS = (demo, corpora, features, train, reproduce, predict, convert, info)
+COMMANDS = (demo, corpora, features, train, reproduce, predict, convert, info, bench)
 
 DESCRIPTION = """\
 Speech emotion recognition with two encoders, fused by optimal transport and products (PARROT,
@@ -23,6 +23,7 @@ examples:
   parrot features --corpus crema-d data/CREMA-D --encoder ssam:ssam_base.pth
   parrot train --corpus crema-d data/CREMA-D --encoders ssam:ssam_base.pth hubert:models/hubert-base
   parrot info                        encoders, corpora, systems, and which kernels serve here
+  parrot bench                       the kernels beside their peers
 
 `parrot COMMAND --help` tells more. Work that is done is kept: run a command again to go on with it."""
 

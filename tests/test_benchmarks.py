@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
 
-from benchmarks import machine, run, timing
+from benchmarks import compare, machine, plot, rows, run, startup, sweeps, table, targets, timing
+from parrot import cli
+from parrot.commands import bench
 
 OPS = [importlib.import_module(f"benchmarks.{name}") for name in run.OPS]
 
@@ -33,9 +36,9 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
     good = op.works(op.TINY, "cpu", False, True)["sum of shifts"]
     monkeypatch.setattr(op, "works", lambda *_: {"good": good, "wrong": lambda: lambda: tuple(2 * t for t in good()())})
     monkeypatch.setattr(run, "peak_mib", lambda *_: None)
-    arguments = argparse.Namespace(op="causal_conv1d", device="cpu", peers="all", skip=[], seconds=0.01)
-    rows = run.measure(op, op.TINY, "forward", arguments)
-    assert [row["provider"] for row in rows] == ["good"]
+    arguments = argparse.Namespace(op="causal_conv1d", device="cpu", peers="all", peaks="all", skip=[], seconds=0.01)
+    measured = run.measure(op, op.TINY, "forward", arguments)
+    assert [row["provider"] for row in measured] == ["good"]
     assert "wrong: not timed" in capsys.readouterr().err
 
 
@@ -47,15 +50,171 @@ def test_every_provider_gets_its_turn_in_each_round():
 
 
 def test_rows_are_appended_with_their_origin(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(importlib.import_module("benchmarks.causal_conv1d"), "CASES", [OPS[2].TINY])
     arguments = ["--op", "causal_conv1d", "--seconds", "0.01", "--skip", "compiled", "--modes", "forward"]
+    arguments += ["--results", str(tmp_path)]
     assert run.main(arguments) == 0
     assert run.main(arguments) == 0
     (file,) = tmp_path.iterdir()
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(rows) % 2 == 0
-    assert file.stem == machine.device_name("cpu") == rows[0]["device"]
-    assert rows[0]["commit"] == machine.commit()
-    assert {"p20_ms", "p50_ms", "p80_ms", "peak_mib", "error", "versions"} <= rows[0].keys()
-    assert rows[0]["p20_ms"] <= rows[0]["p50_ms"] <= rows[0]["p80_ms"]
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(found) % 2 == 0
+    assert file.stem == machine.device_name("cpu") == found[0]["device"]
+    assert found[0]["commit"] == machine.commit()
+    assert {"p20_ms", "p50_ms", "p80_ms", "peak_mib", "error", "versions", "threads", "ceilings"} <= found[0].keys()
+    assert found[0]["p20_ms"] <= found[0]["p50_ms"] <= found[0]["p80_ms"]
+
+
+def made_row(shape="1x2x3", p50=1.0, spread=0.05, **fields):
+    row = {"op": "causal_conv1d", "provider": "parrot_kernels[cpu]", "mode": "forward", "shape": shape,
+           "dtype": "float32", "threads": 2, "device": "some-cpu", "allocator": "default", "commit": "aaaa1111",
+           "p20_ms": p50 * (1 - spread), "p50_ms": p50, "p80_ms": p50 * (1 + spread), "peak_mib": None}  # fmt: skip
+    return {**row, **fields}
+
+
+def slowed(row, factor, **fields):
+    return {**row, **{key: factor * row[key] for key in ("p20_ms", "p50_ms", "p80_ms")}, **fields}
+
+
+def compare_status(tmp_path, before, after):
+    rows.append(before, tmp_path / "before.jsonl")
+    rows.append(after, tmp_path / "after.jsonl")
+    return compare.main([str(tmp_path / "before.jsonl"), str(tmp_path / "after.jsonl")])
+
+
+def test_a_planted_slowdown_is_caught(tmp_path, capsys):
+    before = [made_row("1x2x3"), made_row("4x5x6", 2.0)]
+    assert compare_status(tmp_path, before, [before[0], slowed(before[1], 1.5)]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("slower |")]
+    assert len(lines) == 1
+    assert "4x5x6" in lines[0]
+
+
+def test_a_slowdown_planted_into_real_rows_is_caught(tmp_path):
+    """Twelve cases of the largest op, all slowed: those that are not too noisy for it must be named."""
+    before = [row for row in rows.load_all() if rows.is_ours(row) and row["op"] == "selective_scan"]
+    assert compare_status(tmp_path, before, [slowed(row, 1.5) for row in before]) == 1
+
+
+def test_equal_rows_and_noise_are_no_regression(tmp_path):
+    before = [made_row("1x2x3"), made_row("4x5x6", spread=0.4)]
+    assert compare_status(tmp_path, before, [slowed(before[0], 1.15), slowed(before[1], 1.5)]) == 0
+
+
+def test_commits_are_compared_by_their_rows(tmp_path, capsys):
+    row = made_row()
+    rows.append([row, slowed(row, 1.5, commit="bbbb2222"), slowed(row, 1.0, commit="cccc3333")], tmp_path / "d.jsonl")
+    assert compare.main(["aaaa", "bbbb", "--results", str(tmp_path)]) == 1
+    assert compare.main(["aaaa", "bbbb", "--results", str(tmp_path), "--threshold", "1.6"]) == 0
+    assert compare.main(["aaaa", "cccc", "--results", str(tmp_path)]) == 0
+    assert compare.main(["aaaa", "dddd", "--results", str(tmp_path)]) == 2
+    assert "no case in common" in capsys.readouterr().out
+
+
+def test_exponents_are_fitted_in_log_log():
+    sizes = (1, 2, 4, 8)
+    assert sweeps.exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    measured = [made_row(p50=size**2, sweep="L", size=size) for size in sizes]
+    (power,) = sweeps.exponents(measured).values()
+    assert power == pytest.approx(2)
+    assert rows.cases(measured) == []
+
+
+@pytest.mark.parametrize("op", run.OPS)
+def test_sweeps_vary_one_dimension(op):
+    base, dimensions = sweeps.SWEEPS[op]
+    for dimension, size, case in sweeps.cases(op, count=2):
+        assert getattr(case, dimension) == size
+        assert {k: v for k, v in vars(case).items() if k != dimension}.items() <= vars(base).items()
+    assert len(list(sweeps.cases(op))) == sum(map(len, dimensions.values()))
+
+
+def test_plots_are_drawn_from_rows_alone(tmp_path):
+    work = {"multiply_adds": 8, "exponentials": 2, "bytes": 5}
+    measured = [
+        made_row(mode=mode, provider=provider, floor_ms=0.5, work=work)
+        for mode in rows.MODES
+        for provider in ("parrot_kernels[cpu]", "peer")
+    ]
+    measured += [made_row(p50=size, sweep="L", size=size) for size in (1, 2, 4)]
+    paths = plot.write(measured, tmp_path)
+    assert {path.name for path in paths} == {"causal_conv1d-speedup.png", "causal_conv1d-growth.png", "roofline.png"}
+    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000 for path in paths)
+
+
+def test_a_process_of_its_own_tells_the_cost_of_the_first_call():
+    measured = startup.measure("causal_conv1d", "cpu", processes=1)
+    assert [row["mode"] for row in measured] == ["import", "cold"]
+    assert all(row["p50_ms"] > 0 for row in measured)
+
+
+def test_the_quick_suite_runs_every_op_and_mode(monkeypatch, tmp_path):
+    for op, name in zip(OPS, run.OPS, strict=True):
+        monkeypatch.setattr(op, "CASES", [op.TINY])
+        base, dimensions = sweeps.SWEEPS[name]
+        monkeypatch.setitem(sweeps.SWEEPS, name, (op.TINY, {next(iter(dimensions)): (2, 4)}))
+    monkeypatch.setattr(run, "peak_mib", lambda *_: None)
+    monkeypatch.setattr(startup, "PROCESSES", 1)
+    monkeypatch.setattr(machine, "ceilings", dict)
+    monkeypatch.setattr(machine, "exponentials_per_second", lambda: 1e10)
+    monkeypatch.setattr(machine, "multiply_adds_per_second", lambda: 1e11)
+    monkeypatch.setattr(machine, "bytes_per_second", lambda: 1e10)
+    folders = ["--results", str(tmp_path), "--figures", str(tmp_path / "figures")]
+    assert run.main(["--suite", "quick", "--seconds", "0.01", *folders]) == 0
+    measured = rows.load_all(tmp_path)
+    assert {(row["op"], row["mode"]) for row in measured} == {
+        (op, mode) for op in run.OPS for mode in ("forward", "both", "latency", "import", "cold")
+    }
+    assert {row["op"] for row in measured if "sweep" in row} == set(run.OPS)
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
+
+
+PAGE = (machine.ROOT / "docs" / "performance.md").read_text()
+
+
+@pytest.mark.parametrize("name", [match[2] for match in table.BLOCK.finditer(PAGE)])
+def test_every_figure_of_a_table_comes_from_a_row(name):
+    """A block is what its device's rows of its commits give, to the letter."""
+    (block,) = (match[3].strip() for match in table.BLOCK.finditer(PAGE) if match[2] == name)
+    device, commits = re.match(r"### .*?, (\S+), at (.*)", block).groups()
+    measured = [row for row in rows.load(rows.RESULTS / f"{device}.jsonl") if row["commit"] in commits.split(", ")]
+    assert "\n".join(table.tables(measured)[name]) == block
+
+
+def test_no_table_of_the_pages_lacks_rows():
+    outside = table.BLOCK.sub("", PAGE) + (machine.ROOT / "README.md").read_text()
+    timed = re.findall(r"\d(?:\.\d+)? (?:ms|times (?:as fast|faster|longer))\b", outside)
+    assert timed == []
+    assert {"sinkhorn_hadamard", "selective_scan", "causal_conv1d", "targets"} <= {
+        match[2] for match in table.BLOCK.finditer(PAGE)
+    }
+
+
+def test_a_figure_that_was_changed_by_hand_is_found():
+    (device,) = {re.search(r"### .*?, (\S+), at", match[3])[1] for match in table.BLOCK.finditer(PAGE)}
+    measured = rows.load(rows.RESULTS / f"{device}.jsonl")
+    forged = re.sub(r"(\| forward \| default \| )0\.", r"\g<1>9.", PAGE, count=1)
+    assert forged != PAGE
+    assert table.update(forged, measured) != forged
+    assert table.update(forged, measured) == table.update(PAGE, measured)
+
+
+@pytest.mark.parametrize(
+    ("own", "peer", "floor", "expected"), [(1, 16, 0.5, "16.0x | yes |"), (1, 3, 0.5, "3.0x | no | why")]
+)
+def test_an_aim_is_judged_by_its_rows(own, peer, floor, expected):
+    group = {"parrot_kernels[cpu]": made_row(p50=own, floor_ms=floor), "peer": made_row(p50=peer, provider="peer")}
+    aim = targets.Target("causal_conv1d", "x", "forward", {"1x2x3": 8.0}, targets.slower("peer"), {"1x2x3": "why"})
+    assert expected in targets.line(aim, {("causal_conv1d", "1x2x3", "forward", "default"): group})
+    assert "not measured" in targets.line(aim, {})
+
+
+def test_parrot_bench_forwards_and_says_where_benchmarks_are_missing(monkeypatch, tmp_path, capsys):
+    commands = []
+    done = argparse.Namespace(returncode=3)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    assert cli.main(["bench", "--suite", "full", "--threads", "2", "--output", str(tmp_path)]) == 3
+    assert commands[0][1:5] == ["-m", "benchmarks.run", "--suite", "full"]
+    run.parse(commands[0][3:])
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    assert cli.main(["bench"]) == 2
+    assert "checkout of the source" in capsys.readouterr().err
