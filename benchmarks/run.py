@@ -26,7 +26,7 @@ import torch
 from . import machine, plot, rows, startup, sweeps, timing
 
 OPS = ("sinkhorn_hadamard", "selective_scan", "causal_conv1d")
-RESULTS = rows.RESULTS
+QUICK_OUTPUT = machine.ROOT / "runs" / "bench"
 # Keeps glibc from giving large blocks back to the kernel after every step: half the time of large cases in torch.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -59,8 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="time for each provider, case and mode (1, quick suite 0.2)")
     parser.add_argument("--peaks", choices=("all", "ours", "none"), help="whose peak memory (all, quick suite ours)")
     parser.add_argument("--tuned-allocator", action="store_true", help="run again with glibc told to keep its pages")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows (%(default)s)")
-    parser.add_argument("--figures", type=Path, default=plot.FIGURES, help="folder of a suite's plots (%(default)s)")
+    parser.add_argument("--results", type=Path, help="folder of rows (benchmarks/results, quick suite runs/bench)")
+    parser.add_argument("--figures", type=Path, help="folder of a suite's plots (docs/figures, quick suite runs/bench)")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -68,6 +68,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.sizes = 3 if quick else None  # of each sweep
     arguments.modes = arguments.modes or (ALL_MODES if arguments.suite else ("forward", "both"))
     arguments.seconds = arguments.seconds or (0.2 if quick else 1.0)
+    # The quick suite's rows have few peers: they must not stand in for complete ones.
+    arguments.results = arguments.results or (QUICK_OUTPUT if quick else rows.RESULTS)
+    arguments.figures = arguments.figures or (QUICK_OUTPUT if quick else plot.FIGURES)
     arguments.peaks = arguments.peaks or ("ours" if quick else "all")
     if quick:
         arguments.skip = [*arguments.skip, *EXPENSIVE_PEERS]

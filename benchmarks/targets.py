@@ -62,7 +62,7 @@ SHARED_ITERATION = "threads share the products, not the iteration of one problem
 SECOND_LEVEL = "the kernel matrix exceeds L1: an iteration is bound by L2"
 AT_THE_FLOOR = "at the floor: the products with the features, which every method needs, take most of the time"
 IMPLICIT = "OTT-JAX failed there, or was wrong by more than the gate allows"
-LONG = "no rows: some peers take 20 s a call"
+LONG = "some peers are too slow for it"
 ONE_PIPE = "on Zen 4 multiply-adds and exponentials fill the same pipe, and the floor counts only the latter"
 
 

@@ -150,7 +150,7 @@ def test_a_process_of_its_own_tells_the_cost_of_the_first_call():
 def test_the_quick_suite_runs_every_op_and_mode(monkeypatch, tmp_path):
     for op, name in zip(OPS, run.OPS, strict=True):
         monkeypatch.setattr(op, "CASES", [op.TINY])
-        base, dimensions = sweeps.SWEEPS[name]
+        dimensions = sweeps.SWEEPS[name][1]
         monkeypatch.setitem(sweeps.SWEEPS, name, (op.TINY, {next(iter(dimensions)): (2, 4)}))
     monkeypatch.setattr(run, "peak_mib", lambda *_: None)
     monkeypatch.setattr(startup, "PROCESSES", 1)
@@ -180,9 +180,9 @@ def test_every_figure_of_a_table_comes_from_a_row(name):
     assert "\n".join(table.tables(measured)[name]) == block
 
 
-def test_no_table_of_the_pages_lacks_rows():
+def test_no_time_or_ratio_stands_outside_the_tables():
     outside = table.BLOCK.sub("", PAGE) + (machine.ROOT / "README.md").read_text()
-    timed = re.findall(r"\d(?:\.\d+)? (?:ms|times (?:as fast|faster|longer))\b", outside)
+    timed = re.findall(r"\d(?:\.\d+)? (?:us|ms|s|G/s|GFLOP/s|x|times (?:as fast|faster|longer))\b", outside)
     assert timed == []
     assert {"sinkhorn_hadamard", "selective_scan", "causal_conv1d", "targets"} <= {
         match[2] for match in table.BLOCK.finditer(PAGE)
