@@ -35,7 +35,7 @@ def speedup(op: str, measured: list[dict], folder: Path) -> Path | None:
     """Bars of peer over ours, logarithmic, in one panel a mode."""
     groups = {key: group for key, group in rows.newest(measured).items() if rows.own(group) and key[3] == "default"}
     peers = list(dict.fromkeys(name for group in groups.values() for name in group if not name.startswith(rows.OURS)))
-    modes = [mode for mode in rows.MODES if any(key[2] == mode for key in groups)]
+    modes = [mode for mode in rows.TITLES if any(key[2] == mode for key in groups)]
     if not peers or not modes:
         return None
     figure, axes = _figure(len(modes), 12)
@@ -47,7 +47,7 @@ def speedup(op: str, measured: list[dict], folder: Path) -> Path | None:
             axis.bar(at, ratios, 0.8 / len(peers), align="edge", label=peer)
         axis.set_xticks(range(len(here)), here, rotation=20, fontsize=7)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(yscale="log", title=rows.MODES[mode])
+        axis.set(yscale="log", title=rows.TITLES[mode])
     axes[0].set_ylabel("times longer than ours")
     axes[0].legend(fontsize=6)
     figure.suptitle(f"{op}, {measured[0]['device']}", fontsize=10)

@@ -43,7 +43,7 @@ def op_table(op: str, measured: list[dict]) -> list[str]:
         floor = f"{100 * own['floor_ms'] / time:.0f} %" if own.get("floor_ms") else "-"
         cells = [cell(group.get(peer), time) for peer in peers]
         lines.append(
-            f"| {shape} | {rows.MODES[mode]} | {allocator} | {time:.3g} | {floor} | "
+            f"| {shape} | {rows.TITLES[mode]} | {allocator} | {time:.3g} | {floor} | "
             f"{'-' if peak is None else f'{peak:.1f}'} | {' | '.join(cells)} |"
         )
     return lines

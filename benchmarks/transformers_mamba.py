@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import machine, run, timing
+from . import machine, rows, run, timing
 
 LENGTH, WIDTH, LAYERS, VOCABULARY = 512, 768, 24, 50280
 MODES = {"forward": f"1x{LENGTH}", "generate": "1x1"}
@@ -101,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device = machine.device_name("cpu")
     context = {
-        "device": device, "commit": machine.commit(), "date": time.strftime("%Y-%m-%d"), "allocator": "default",
+        "device": device, "threads": torch.get_num_threads(), "commit": machine.commit(), "date": time.strftime("%Y-%m-%d"), "allocator": "default",
         "versions": machine.versions("transformers"),
     }  # fmt: skip
     print(f"transformers_mamba on {device}, torch {torch.__version__}, commit {context['commit']}")
@@ -112,20 +111,18 @@ def main(argv: list[str] | None = None) -> int:
         first = {name: call() for name, call in works.items()}
         want = first["transformers' slow path"].double()
         samples = timing.interleaved(works, "cpu", arguments.seconds)
-        rows = []
+        measured = []
         for name, values in samples.items():
             p20, p50, p80 = (float(q) for q in np.quantile(values, (0.2, 0.5, 0.8)) * 1e3)
             error = ((first[name].double() - want).abs().max() / want.abs().max()).item()
-            rows.append(
+            measured.append(
                 {"op": "transformers_mamba", "provider": name, "mode": mode, "shape": MODES[mode], "dtype": "float32",
                  "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": len(values), "error": error,
                  "peak_mib": peak_mib(name) if mode == "forward" else None}
             )  # fmt: skip
-        run.show(rows)
+        run.show(measured)
         if not arguments.no_save:
-            run.RESULTS.mkdir(exist_ok=True)
-            with (run.RESULTS / f"{device}.jsonl").open("a") as file:
-                file.writelines(json.dumps({**row, **context}) + "\n" for row in rows)
+            rows.append(({**row, **context} for row in measured), rows.RESULTS / f"{device}.jsonl")
     return 0
 
 

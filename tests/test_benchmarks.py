@@ -171,7 +171,7 @@ def test_the_quick_suite_runs_every_op_and_mode(monkeypatch, tmp_path):
 PAGE = (machine.ROOT / "docs" / "performance.md").read_text()
 
 
-@pytest.mark.parametrize("name", [match[2] for match in table.BLOCK.finditer(PAGE)])
+@pytest.mark.parametrize("name", [match[2] for match in table.BLOCK.finditer(PAGE) if match[3].strip()])
 def test_every_figure_of_a_table_comes_from_a_row(name):
     """A block is what its device's rows of its commits give, to the letter."""
     (block,) = (match[3].strip() for match in table.BLOCK.finditer(PAGE) if match[2] == name)
@@ -190,7 +190,7 @@ def test_no_time_or_ratio_stands_outside_the_tables():
 
 
 def test_a_figure_that_was_changed_by_hand_is_found():
-    (device,) = {re.search(r"### .*?, (\S+), at", match[3])[1] for match in table.BLOCK.finditer(PAGE)}
+    device = re.search(r"### .*?, (\S+), at", PAGE)[1]
     measured = rows.load(rows.RESULTS / f"{device}.jsonl")
     forged = re.sub(r"(\| forward \| default \| )0\.", r"\g<1>9.", PAGE, count=1)
     assert forged != PAGE
