@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device = machine.device_name("cpu")
     context = {
-        "device": device, "threads": torch.get_num_threads(), "commit": machine.commit(), "date": time.strftime("%Y-%m-%d"), "allocator": "default",
+        "device": device, "threads": torch.get_num_threads(), "commit": machine.commit(),
+        "date": time.strftime("%Y-%m-%d"), "allocator": "default",
         "versions": machine.versions("transformers"),
     }  # fmt: skip
     print(f"transformers_mamba on {device}, torch {torch.__version__}, commit {context['commit']}")
