@@ -184,7 +184,7 @@ def test_interruption_is_no_error(monkeypatch, capsys):
     assert "run the command again to go on" in capsys.readouterr().err
 
 
-COMMANDS = ["demo", "features", "train", "reproduce", "predict", "convert", "info"]
+COMMANDS = ["demo", "features", "train", "reproduce", "predict", "convert", "info", "bench"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -13,11 +13,16 @@ DESCRIPTION = """\
 Measure the kernels beside their peers and draw plots, in a checkout of the source: the benchmarks are not part of
 an installed package. `python -m benchmarks.run --help` there has more options."""
 
+EXAMPLES = """\
+examples:
+  parrot bench
+  parrot bench --suite full --threads 4 --output runs/bench"""
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_parser(commands: Subparsers) -> None:
-    parser = new_command(commands, "bench", run, "measure the kernels beside their peers", DESCRIPTION)
+    parser = new_command(commands, "bench", run, "measure the kernels beside their peers", DESCRIPTION, EXAMPLES)
     parser.add_argument(
         "--suite", choices=("quick", "full"), default="quick", help="quick: minutes on two cores (%(default)s)"
     )
