@@ -1,5 +1,5 @@
 # make demo   trains PARROT and its baselines on a spoken demo corpus and reports
-# make test   runs the test suite
+# make test   runs the test suite; make test-all also what takes minutes (every CUDA source for every architecture)
 # make bench  measures the kernels beside their peers, in minutes, into runs/bench
 # All make .venv first, from nothing. Another torch: make demo TORCH="torch --index-url URL"
 PYTHON ?= python3
@@ -12,12 +12,15 @@ export PARROT_BUILD_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench lint format doctor clean
+.PHONY: demo test test-all bench lint format doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
 
 test: $(VENV)/.test
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: $(VENV)/.test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
 
 bench: $(VENV)/.bench

@@ -16,8 +16,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent  # cmake and ninja of the `test` extra; no compiler
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def source(tmp_path):
