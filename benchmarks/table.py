@@ -11,6 +11,7 @@ ops, ``growth``, ``startup`` and ``targets``.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -25,8 +26,16 @@ def cell(row: dict | None, ours: float) -> str:
     return "-" if row is None else f"{row['p50_ms']:.3g} ({row['p50_ms'] / ours:.1f}x)"
 
 
+def by_size(key: tuple[str, ...]) -> tuple:
+    """Small problems first, forward before backward, whatever the order in which they were measured."""
+    _, shape, mode, allocator = key
+    return math.prod(map(int, re.findall(r"\d+", shape))), shape, list(rows.TITLES).index(mode), allocator
+
+
 def op_table(op: str, measured: list[dict]) -> list[str]:
-    groups = {k: group for k, group in rows.newest(rows.cases(measured)).items() if k[0] == op and rows.own(group)}
+    newest = rows.newest(rows.cases(measured))
+    groups = {key: newest[key] for key in sorted((k for k in newest if k[0] == op), key=by_size)}
+    groups = {key: group for key, group in groups.items() if rows.own(group)}
     if not groups:
         return []
     peers = [p for p in dict.fromkeys(p for group in groups.values() for p in group) if not p.startswith(rows.OURS)]
