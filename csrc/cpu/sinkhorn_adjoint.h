@@ -26,8 +26,8 @@ namespace PARROT_ISA {
 template <typename T>
 struct SinkhornAdjoint {
     static constexpr int L = kLanes<T>;
-    static constexpr T kTrusted = T(485165195.4);  // e^20
-    static constexpr T kLargestLog = T(40);
+    static constexpr T kTrusted = T(485165195.4);                                       // e^20
+    static constexpr T kLargestLog = T(40), kLargestScaling = T(2.353852668370200e17);  // and e^40
     static constexpr int64_t kBlockRows = 64, kMaxBlocks = 64, kChunkVectors = 4;
     static constexpr int64_t kRowTile = 32, kColumnTile = 4 * kTileVectors<T> * L;  // of the matrix products
     static constexpr int kKept = 64;  // iterations whose p, q, h, w are kept until they go into dc
@@ -139,6 +139,7 @@ struct SinkhornAdjoint {
             for (int64_t i = begin; i < end; ++i) out[i] = 0;
             return;
         }
+        if (k > 0) RowView(history, problem, k - 1).from(begin).prefetch(end - begin);
         read_row(RowView(history, problem, k).from(begin), end - begin, out + begin);
         for (int64_t i = begin; i < end; ++i) out[i] /= eps;
     }
@@ -234,42 +235,56 @@ struct SinkhornAdjoint {
 
     static constexpr int kStep = kTileRows<T>;  // rows whose sums are in registers together
 
-    // Sums of a group of kLanes rows of the kernel times p, and times w.
+    // Sums of kLanes rows of the kernel from i on times p, and times w.
+    PARROT_INLINE void dot_rows(int64_t i, Vec<T>& with_p, Vec<T>& with_w) const {
+        const T* rows = kernel.at(i, 0);
+        n - i > L / 2 ? dot_rows<L>(rows, with_p, with_w) : dot_rows<L / 2>(rows, with_p, with_w);
+    }
+
+    template <int valid>  // what comes after these rows is padding
     PARROT_INLINE void dot_rows(const T* rows, Vec<T>& with_p, Vec<T>& with_w) const {
-        Vec<T> sums_p[L], sums_w[L];
+        constexpr int step = valid < kStep ? valid : kStep;
+        Vec<T> sums_p[L] = {}, sums_w[L] = {};
         const T *p_ = p(), *w_ = w();
         PARROT_UNROLL
-        for (int first = 0; first < L; first += kStep) {
-            Vec<T> sum_p[kStep] = {}, sum_w[kStep] = {};
+        for (int first = 0; first < valid; first += step) {
+            Vec<T> sum_p[step] = {}, sum_w[step] = {};
             const T* entry = rows + first * L;
             for (int64_t j = 0; j < m_pad; j += L, entry += L * L) {
                 const Vec<T> pj = load(p_ + j), wj = load(w_ + j);
                 PARROT_UNROLL
-                for (int r = 0; r < kStep; ++r) {
+                for (int r = 0; r < step; ++r) {
                     const Vec<T> k = load(entry + r * L);
                     sum_p[r] += k * pj;
                     sum_w[r] += k * wj;
                 }
             }
             PARROT_UNROLL
-            for (int r = 0; r < kStep; ++r) sums_p[first + r] = sum_p[r], sums_w[first + r] = sum_w[r];
+            for (int r = 0; r < step; ++r) sums_p[first + r] = sum_p[r], sums_w[first + r] = sum_w[r];
         }
         with_p = sum_each<T>(sums_p);
         with_w = sum_each<T>(sums_w);
     }
 
-    // Adds a group of rows times q and times the next h.
-    PARROT_INLINE void add_rows(const T* rows, const T* q_, const T* h_, T* to_dG, T* to_t) const {
+    // Adds kLanes rows from i on times q and times the next h.
+    PARROT_INLINE void add_rows(int64_t i, T* to_dG, T* to_t) const {
+        n - i > L / 2 ? add_rows<L>(i, to_dG, to_t) : add_rows<L / 2>(i, to_dG, to_t);
+    }
+
+    template <int valid>
+    PARROT_INLINE void add_rows(int64_t i, T* to_dG, T* to_t) const {
+        constexpr int step = valid < kStep ? valid : kStep;
+        const T *rows = kernel.at(i, 0), *q_ = q() + i, *h_ = h_next + i;
         PARROT_UNROLL
-        for (int first = 0; first < L; first += kStep) {
-            Vec<T> by_q[kStep], by_h[kStep];
+        for (int first = 0; first < valid; first += step) {
+            Vec<T> by_q[step], by_h[step];
             PARROT_UNROLL
-            for (int r = 0; r < kStep; ++r) by_q[r] = broadcast(q_[first + r]), by_h[r] = broadcast(h_[first + r]);
+            for (int r = 0; r < step; ++r) by_q[r] = broadcast(q_[first + r]), by_h[r] = broadcast(h_[first + r]);
             const T* entry = rows + first * L;
             for (int64_t j = 0; j < m_pad; j += L, entry += L * L) {
                 Vec<T> with_q = load(to_dG + j), with_h = load(to_t + j);
                 PARROT_UNROLL
-                for (int r = 0; r < kStep; ++r) {
+                for (int r = 0; r < step; ++r) {
                     const Vec<T> k = load(entry + r * L);
                     with_q += k * by_q[r];
                     with_h += k * by_h[r];
@@ -296,9 +311,14 @@ struct SinkhornAdjoint {
     // h of iteration k and of the next; the block's part of t where the last pass didn't leave it.
     __attribute__((noinline)) void prepare_rows(int64_t block, int64_t k) const {
         const int64_t begin = block_begin(block), end = block_end(block);
-        read_rows(block, k, F);
-        for (int64_t i = begin; i < end; i += L) scalings(F, alpha, row_tail, i, h());
-        if (!have_t) {
+        if (have_t) {  // so is h
+            for (int64_t i = begin; i < end; i += L) {
+                flag_if(any(~(load(h_next + i) <= kLargestScaling)));
+                store(h() + i, load(h_next + i));
+            }
+        } else {
+            read_rows(block, k, F);
+            for (int64_t i = begin; i < end; i += L) scalings(F, alpha, row_tail, i, h());
             clear_partials(block);
             T* to_t = partial_t + block * m_pad;
             for (int64_t i = begin; i < end; ++i)
@@ -325,17 +345,19 @@ struct SinkhornAdjoint {
 
     __attribute__((noinline)) void row_block(int64_t block) const {
         clear_partials(block);
-        for (int64_t i = block_begin(block); i < block_end(block); i += L) {
-            Vec<T> with_p, with_w;
-            dot_rows(kernel.at(i, 0), with_p, with_w);
-            with_w += load(row_tail + i);
+        const int64_t end = block_end(block);
+        Vec<T> next_p, next_w;  // taken before the group before is added, so that neither waits for the divisions
+        dot_rows(block_begin(block), next_p, next_w);
+        for (int64_t i = block_begin(block); i < end; i += L) {
+            const Vec<T> with_p = next_p, with_w = next_w + load(row_tail + i);
             flag_if(untrusted(with_w));
             store(s + i, with_w);
             // dF itself changes when it is certain that the kernel can be trusted.
             const Vec<T> gradient = load(dF + i) - load(h() + i) * with_p;
             store(dF_new + i, gradient);
             store(q() + i, (gradient + load(row_extra + i)) * damp_x / with_w);
-            add_rows(kernel.at(i, 0), q() + i, h_next + i, partial_dG + block * m_pad, partial_t + block * m_pad);
+            if (i + L < end) dot_rows(i + L, next_p, next_w);
+            add_rows(i, partial_dG + block * m_pad, partial_t + block * m_pad);
         }
     }
 

@@ -99,6 +99,7 @@ struct ForwardProblem {
     static void read_points(const TensorView& from, int64_t problem, int64_t group, int64_t count, int64_t features,
                             int64_t stride, T* out) {
         for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T>; ++i) {
+            if (i + 4 < count) RowView(from, problem, i + 4).prefetch(features);
             T* row = out + i * stride;
             if (i < count) read_row(RowView(from, problem, i), features, row);
             for (int64_t d = i < count ? features : 0; d < stride; ++d) row[d] = 0;

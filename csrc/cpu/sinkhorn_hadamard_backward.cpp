@@ -115,6 +115,10 @@ struct BackwardProblem {
                    int64_t count, int64_t padded, T* points, T* gradients, T* zeroed, T* scratch) const {
         team.for_each(padded, [&](int64_t i) {
             T *point = points + i * stride, *gradient = gradients + i * stride;
+            if (i + 4 < count) {
+                RowView(from, problem, i + 4).prefetch(features);
+                if (direct) RowView(direct, problem, i + 4).prefetch(features);
+            }
             read_padded(from, i, count, point);
             read_padded(direct, i, count, gradient);
             if (hadamard) read_padded(hadamard, i, count, scratch);

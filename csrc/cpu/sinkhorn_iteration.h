@@ -118,10 +118,16 @@ struct SinkhornIteration {
 
     void write_history(const TensorView& history, int k, const T* potential, int64_t begin, int64_t end) const {
         if (!history || k > n_iters) return;
+        const RowView row(history, problem, k - 1);
+        T* plain = row.plain<T>();
         T scaled[L];
         for (int64_t i = begin; i < end; i += L) {
-            store(scaled, load(potential + i) * eps);
-            write_row(RowView(history, problem, k - 1).from(i), scaled, end - i < L ? end - i : L, 0);
+            if (plain && i + L <= end) {
+                store(plain + i, load(potential + i) * eps);
+            } else {
+                store(scaled, load(potential + i) * eps);
+                write_row(row.from(i), scaled, end - i < L ? end - i : L, 0);
+            }
         }
     }
 
@@ -168,10 +174,10 @@ struct SinkhornIteration {
         T *u_now = u[k & 1], *u_before = u[(k - 1) & 1], *F_now = F[k & 1];
         const bool want_potentials = keep_potentials || k == n_iters;
         Vec<T> error{};
+        // The sums of a group are taken before the group before it is added, so that neither waits for the divisions.
+        Vec<T> sums = k > 1 ? dot_rows(block_begin(block)) : Vec<T>{};
         for (int64_t i = block_begin(block); i < block_end(block); i += L) {
-            const T* rows = kernel.at(i, 0);
-            Vec<T> s = load(row_tail + i);
-            if (k > 1) s += dot_rows(rows);
+            Vec<T> s = load(row_tail + i) + sums;
             const IntVec<T> bad = k > 1 ? untrusted(s) : IntVec<T>{} - 1;
             if (any(bad)) {
                 if (!potentials_ready) update_column_potentials();
@@ -191,9 +197,9 @@ struct SinkhornIteration {
             const Vec<T> h_new = load(a + i) * u_new;
             if (check) error += magnitude(load(u_before + i) - u_new) * (load(a + i) * s);
             store(u_now + i, u_new);
-            if (last) continue;
             store(h + i, h_new);
-            add_rows(rows, h + i, t);
+            if (k > 1 && i + L < block_end(block)) sums = dot_rows(i + L);
+            if (!last) add_rows(i, t);
         }
         block_error[block] = sum_lanes<T>(error);
         if (!last) write_history(f_history, k, F_now, block_begin(block), block_end(block) < n ? block_end(block) : n);
@@ -201,42 +207,54 @@ struct SinkhornIteration {
 
     PARROT_INLINE static Vec<T> magnitude(Vec<T> x) { return x < T(0) ? -x : x; }
 
-    static constexpr int kDotStep = kVectorBytes == 64 || L < 8 ? L : 8;  // rows whose sums are in registers together
-    static constexpr int kAddStep = kDotStep;
+    // The rows of a group of kLanes whose sums are in registers together.
+    static constexpr int kStep = kVectorBytes == 64 || L < 8 ? L : 8;
 
-    // `rows` is a group of kLanes rows of K.
+    // Sums of kLanes rows of K from i on, times w.
+    PARROT_INLINE Vec<T> dot_rows(int64_t i) const {
+        const T* rows = kernel.at(i, 0);
+        return n - i > L / 2 ? dot_rows<L>(rows) : dot_rows<L / 2>(rows);
+    }
+
+    template <int valid>  // what comes after these rows is padding
     PARROT_INLINE Vec<T> dot_rows(const T* rows) const {
-        Vec<T> sums[L];
+        constexpr int step = valid < kStep ? valid : kStep;
+        Vec<T> sums[L] = {};
         PARROT_UNROLL
-        for (int first = 0; first < L; first += kDotStep) {
-            Vec<T> sum[kDotStep] = {};
+        for (int first = 0; first < valid; first += step) {
+            Vec<T> sum[step] = {};
             const T* p = rows + first * L;
             for (int64_t j = 0; j < m_pad; j += L, p += L * L) {
                 const Vec<T> wj = load(w + j);
                 PARROT_UNROLL
-                for (int r = 0; r < kDotStep; ++r) sum[r] += load(p + r * L) * wj;
+                for (int r = 0; r < step; ++r) sum[r] += load(p + r * L) * wj;
             }
             PARROT_UNROLL
-            for (int r = 0; r < kDotStep; ++r) sums[first + r] = sum[r];
+            for (int r = 0; r < step; ++r) sums[first + r] = sum[r];
         }
         return sum_each<T>(sums);
     }
 
+    // Adds kLanes rows of K from i on, times h, to t.
+    PARROT_INLINE void add_rows(int64_t i, T* t) const {
+        const T* rows = kernel.at(i, 0);
+        n - i > L / 2 ? add_rows<L>(rows, h + i, t) : add_rows<L / 2>(rows, h + i, t);
+    }
+
+    template <int valid>
     PARROT_INLINE void add_rows(const T* rows, const T* factors, T* t) const {
+        constexpr int step = valid < kStep ? valid : kStep;
         PARROT_UNROLL
-        for (int first = 0; first < L; first += kAddStep) {
-            Vec<T> factor[kAddStep];
+        for (int first = 0; first < valid; first += step) {
+            Vec<T> factor[step];
             PARROT_UNROLL
-            for (int r = 0; r < kAddStep; ++r) factor[r] = broadcast(factors[first + r]);
+            for (int r = 0; r < step; ++r) factor[r] = broadcast(factors[first + r]);
             const T* p = rows + first * L;
             for (int64_t j = 0; j < m_pad; j += L, p += L * L) {
-                Vec<T> even = load(t + j), odd{};
+                Vec<T> sum[2] = {load(t + j)};
                 PARROT_UNROLL
-                for (int r = 0; r < kAddStep; r += 2) {
-                    even += load(p + r * L) * factor[r];
-                    odd += load(p + (r + 1) * L) * factor[r + 1];
-                }
-                store(t + j, even + odd);
+                for (int r = 0; r < step; ++r) sum[r % 2] += load(p + r * L) * factor[r];
+                store(t + j, sum[0] + sum[1]);
             }
         }
     }

@@ -53,6 +53,14 @@ struct RowView {
         return rest;
     }
 
+    // Asks for `count` elements to be brought into the cache; harmless where there are none.
+    PARROT_INLINE void prefetch(int64_t count) const {
+        if (stride != 1) return;
+        const int64_t size = view->dtype == DType::f64 ? 8 : view->dtype == DType::f32 ? 4 : 2;
+        const char* p = view->ptr<const char>() + offset * size;
+        for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(p + byte);
+    }
+
     // The address of the row if it lies plainly in memory in type T, else null.
     template <typename T>
     T* plain() const {
