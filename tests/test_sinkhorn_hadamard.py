@@ -377,9 +377,9 @@ def test_only_what_is_needed_is_kept(monkeypatch):
         sinkhorn_hadamard(x, **arguments, gradient=gradient, backend="torch")
         sinkhorn_hadamard(x.requires_grad_(), **arguments, gradient=gradient, backend="torch")
         x = x.detach()
-    sizes = [t.f_history.numel() for t in kept]
+    sizes = [0 if t.f_history is None else t.f_history.numel() for t in kept]
     assert sizes == [0, 4 * 12 * 5, 0, 0, 0, 0]
-    assert all(t.plan.numel() == 0 for t in kept)
+    assert all(t.plan is None for t in kept)
 
 
 def test_inputs_are_left_as_they_are():

@@ -92,7 +92,8 @@ def _compute_forward(x, y, eps, cost, gradient, backend, numbers, parts):
     results = (row, out.f, out.g, out.scale, out.iterations, out.f_history, out.g_history)
     if x.shape[0] * x.shape[1] == 0:
         for tensor in results:
-            tensor.zero_()
+            if tensor is not None:
+                tensor.zero_()
         return results
     name = sinkhorn.choose_backend(x, y, backend)
     written = _slices(row, parts)
@@ -108,9 +109,13 @@ def _compute_forward(x, y, eps, cost, gradient, backend, numbers, parts):
     return results
 
 
+def _op_forward(*arguments):
+    return sinkhorn.without_none(_compute_forward(*arguments), like=arguments[2])
+
+
 _forward = torch.library.custom_op(
     "parrot_kernels::parallel_branch_fusion_forward",
-    _compute_forward,
+    _op_forward,
     mutates_args=(),
     schema=f"(Tensor x, Tensor y, Tensor eps, str cost, str gradient, str? backend, float[] numbers, str[] parts) -> "
     f"({', '.join(['Tensor'] * 7)})",
@@ -119,7 +124,7 @@ _forward = torch.library.custom_op(
 
 @_forward.register_fake
 def _(x, y, eps, cost, gradient, backend, numbers, parts):
-    return _allocate(x, y, eps, gradient, numbers, parts)
+    return sinkhorn.without_none(_allocate(x, y, eps, gradient, numbers, parts), like=eps)
 
 
 def _compute_backward(grad_row, x, y, eps, saved, cost, gradient, backend, numbers, parts, needed):
@@ -141,7 +146,7 @@ _backward = torch.library.custom_op(
     "parrot_kernels::parallel_branch_fusion_backward",
     _compute_backward,
     mutates_args=(),
-    schema="(Tensor grad_row, Tensor x, Tensor y, Tensor eps, Tensor[] saved, str cost, str gradient, str? backend, "
+    schema="(Tensor grad_row, Tensor x, Tensor y, Tensor eps, Tensor?[] saved, str cost, str gradient, str? backend, "
     "float[] numbers, str[] parts, bool[] needed) -> Tensor[]",
 )
 
@@ -155,7 +160,7 @@ def _(grad_row, x, y, eps, saved, cost, gradient, backend, numbers, parts, neede
 
 def _setup_context(ctx, inputs, output) -> None:
     x, y, eps, *ctx.options = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, y, eps, *output[1:])
 
@@ -183,7 +188,7 @@ def _call(*arguments: Any) -> tuple[Tensor, ...]:
     return _run_forward(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)], parts)
 
 
-_vmap = eager.folding(_call)
+_vmap = eager.folding(lambda *arguments: sinkhorn.without_none(_call(*arguments), like=arguments[2]))
 _vmap_backward = eager.folding(lambda *arguments: _run_backward(*arguments))
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _forward.register_vmap(_vmap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -248,29 +249,34 @@ class Numbers(NamedTuple):
         options = (n_iters, cost_scale, tol, rho_x, rho_y, bool(return_plan), bool(return_hadamard), False)
         return [-1.0 if value is None else float(value) for value in options]
 
-    @classmethod
-    def unpack(cls, numbers: Sequence[float]) -> Numbers:
-        n_iters, *options = (None if value == -1.0 else value for value in numbers)
-        return cls(int(n_iters), *options[:-3], *map(bool, options[-3:]))
+    @staticmethod
+    def unpack(numbers: Sequence[float]) -> Numbers:
+        return _unpack(tuple(numbers))
+
+
+@functools.lru_cache(maxsize=256)
+def _unpack(numbers: tuple[float, ...]) -> Numbers:
+    n_iters, *options = (None if value == -1.0 else value for value in numbers)
+    return Numbers(int(n_iters), *options[:-3], *map(bool, options[-3:]))
 
 
 class _Forward(NamedTuple):
-    """Outputs of the op. Those that were not asked for have the shape (B, 0), since an op returns no None."""
+    """Outputs of the op; None for those that were not asked for."""
 
     x_to_y: Tensor
     y_to_x: Tensor
-    x_hadamard: Tensor
-    y_hadamard: Tensor
+    x_hadamard: Tensor | None
+    y_hadamard: Tensor | None
     f: Tensor
     g: Tensor
-    plan: Tensor
+    plan: Tensor | None
     transport_cost: Tensor  # up to here differentiable
     error: Tensor
     iterations: Tensor
     converged: Tensor
     scale: Tensor
-    f_history: Tensor
-    g_history: Tensor
+    f_history: Tensor | None
+    g_history: Tensor | None
 
 
 DIFFERENTIABLE = _Forward._fields[:8]
@@ -282,19 +288,24 @@ def allocate(x, y, eps, gradient, options) -> _Forward:
     return _Forward(
         x_to_y=x.new_empty(batch, m, dim),
         y_to_x=x.new_empty(batch, n, dim),
-        x_hadamard=x.new_empty(batch, n, dim) if options.return_hadamard else x.new_empty(batch, 0),
-        y_hadamard=x.new_empty(batch, m, dim) if options.return_hadamard else x.new_empty(batch, 0),
+        x_hadamard=x.new_empty(batch, n, dim) if options.return_hadamard else None,
+        y_hadamard=x.new_empty(batch, m, dim) if options.return_hadamard else None,
         f=eps.new_empty(batch, n),  # eps has the compute dtype
         g=eps.new_empty(batch, m),
-        plan=eps.new_empty(batch, n, m) if options.return_plan else eps.new_empty(batch, 0),
+        plan=eps.new_empty(batch, n, m) if options.return_plan else None,
         transport_cost=eps.new_empty(batch),
         error=eps.new_empty(batch),
         iterations=eps.new_empty(batch, dtype=torch.int32),
         converged=eps.new_empty(batch, dtype=torch.bool),
         scale=eps.new_empty(batch),
-        f_history=eps.new_empty(batch, steps, n) if history else eps.new_empty(batch, 0),
-        g_history=eps.new_empty(batch, steps, m) if history else eps.new_empty(batch, 0),
+        f_history=eps.new_empty(batch, steps, n) if history else None,
+        g_history=eps.new_empty(batch, steps, m) if history else None,
     )
+
+
+def without_none(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """With tensors of shape (B, 0) for None, which a registered op can't return."""
+    return tuple(like.new_empty(like.shape[0], 0) if t is None else t for t in outputs)
 
 
 def check_values(x, y, a, b, x_lengths, y_lengths, eps) -> None:
@@ -334,7 +345,7 @@ def launch_forward(
         tol=options.tol,
         rho_x=options.rho_x,
         rho_y=options.rho_y,
-        **{name: tensor if tensor.numel() else None for name, tensor in zip(_Forward._fields, out, strict=True)},
+        **out._asdict(),
     )
 
 
@@ -344,16 +355,21 @@ def _compute_forward(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, g
     out = allocate(x, y, eps, gradient, options)
     if x.shape[0] * x.shape[1] * y.shape[1] == 0:
         for tensor in out:
-            tensor.zero_()
+            if tensor is not None:
+                tensor.zero_()
         out.converged.fill_(True)
         return tuple(out)
     launch_forward(kernels, (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps), cost, options, out)
     return tuple(out)
 
 
+def _op_forward(*arguments):
+    return without_none(_compute_forward(*arguments), like=arguments[7])
+
+
 _forward = torch.library.custom_op(
     "parrot_kernels::sinkhorn_hadamard_forward",
-    _compute_forward,
+    _op_forward,
     mutates_args=(),
     schema=f"({_INPUTS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(_Forward._fields))})",
 )
@@ -361,7 +377,7 @@ _forward = torch.library.custom_op(
 
 @_forward.register_fake
 def _(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers):
-    return tuple(allocate(x, y, eps, gradient, Numbers.unpack(numbers)))
+    return without_none(allocate(x, y, eps, gradient, Numbers.unpack(numbers)), like=eps)
 
 
 def _allocate_gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor]:
@@ -381,7 +397,7 @@ def compute_backward(
         return [t.zero_() for t in results]
     options = Numbers.unpack(numbers)
     dx, dy, da, db, dcost_matrix, deps = (t if need else None for t, need in zip(results, needed, strict=True))
-    f, g, scale, iterations, f_history, g_history = (t if t.numel() else None for t in saved)
+    f, g, scale, iterations, f_history, g_history = (t if t is not None and t.numel() else None for t in saved)
     inputs = (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
     KERNELS[choose_backend(x, y, backend)].backward(
         **dict(zip(_TENSORS, inputs, strict=True)),
@@ -410,7 +426,7 @@ _backward = torch.library.custom_op(
     "parrot_kernels::sinkhorn_hadamard_backward",
     compute_backward,
     mutates_args=(),
-    schema=f"(Tensor?[] gradients, {_INPUTS}, Tensor[] saved, {_OPTIONS}, bool[] needed) -> Tensor[]",
+    schema=f"(Tensor?[] gradients, {_INPUTS}, Tensor?[] saved, {_OPTIONS}, bool[] needed) -> Tensor[]",
 )
 
 
@@ -425,7 +441,7 @@ def _setup_context(ctx, inputs, output) -> None:
     constants = [out.error, out.iterations, out.converged, out.scale, out.f_history, out.g_history]
     if gradient == "detached":
         constants += [out.f, out.g, out.plan]
-    ctx.mark_non_differentiable(*constants)
+    ctx.mark_non_differentiable(*(t for t in constants if t is not None))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, out.f, out.g, out.scale, out.iterations, out.f_history, out.g_history)
     ctx.options = cost, gradient, backend, numbers
@@ -461,7 +477,7 @@ def _call(*arguments: Any) -> _Forward:
     return _Forward._make(_run_forward(*inputs, cost, gradient, backend, [*numbers[:-1], float(keep)]))
 
 
-_vmap = eager.folding(_call)
+_vmap = eager.folding(lambda *arguments: without_none(_call(*arguments), like=arguments[7]))
 _vmap_backward = eager.folding(lambda *arguments: _run_backward(*arguments))
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _forward.register_vmap(_vmap)
