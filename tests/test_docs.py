@@ -1,0 +1,54 @@
+"""The documentation's examples run, and its site builds without a broken link."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    "docs/index.md",
+    "docs/troubleshooting.md",
+    *(f"docs/guides/{p.name}" for p in (ROOT / "docs" / "guides").glob("*.md")),
+]
+NEEDS = {"docs/guides/transformers.md": "transformers", "docs/troubleshooting.md": "ot"}
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_examples_run(page):
+    """All blocks of a page, one after the other, in one namespace."""
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page])
+    blocks = examples(page)
+    assert blocks
+    torch.manual_seed(0)
+    namespace: dict = {}
+    for block in blocks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(compile(block, page, "exec"), namespace)
+
+
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("latex2mathml")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = list((tmp_path / "site").rglob("index.html"))
+    assert pages
+    for page in pages:
+        text = page.read_text()
+        assert "arithmatex" not in text, f"a formula of {page} was not converted"
+        assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?://', text), f"{page} fetches from elsewhere"
