@@ -1,6 +1,8 @@
 # make demo   trains PARROT and its baselines on a spoken demo corpus and reports
 # make test   runs the test suite; make test-all also what takes minutes (every CUDA source for every architecture)
 # make bench  measures the kernels beside their peers, in minutes, into runs/bench
+# make docs   builds the documentation site into site/, strictly
+# make install-matrix, wheels, typecheck, coverage: what a release is checked with, see docs/release.md
 # All make .venv first, from nothing. Another torch: make demo TORCH="torch --index-url URL"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +14,9 @@ export PARROT_BUILD_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all bench lint format doctor clean
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-all bench lint format typecheck coverage docs install-matrix wheels doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
@@ -27,10 +31,27 @@ bench: $(VENV)/.bench
 	$(BIN)/parrot bench --suite quick
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.dev
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CPP)
+
+typecheck: $(VENV)/.dev
+	$(BIN)/mypy
+
+# Figures for Python and for the C++ of a build with gcov, into runs/coverage
+coverage: $(VENV)/.dev
+	$(BIN)/python tests/coverage_run.py
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 PATH="$(BIN):$$PATH" $(BIN)/mkdocs build --strict
+
+install-matrix:
+	$(PYTHON) tests/install_matrix.py $(if $(filter command line,$(origin TORCH)),--torch "$(TORCH)")
+
+# The sdist and a wheel for each Python found, checked, into dist/
+wheels:
+	$(PYTHON) tests/build_wheels.py
 
 doctor: $(VENV)/.demo
 	$(BIN)/python -m parrot_kernels
@@ -46,4 +67,4 @@ $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info parrot_kernels/_C*.so parrot_kernels/build_info.json
+	rm -rf $(VENV) build dist site *.egg-info parrot_kernels/_C*.so parrot_kernels/build_info.json

@@ -14,77 +14,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from distributions import PYTHONS, ROOT, Failed, Log, build_sdist, check_contents, find_python
+
 OUTPUT = ROOT / "runs" / "install-matrix"
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("torch==2.8.0", "torch==2.13.0", "torch")  # the oldest supported, that of the Makefile, the newest
 TRANSFORMERS = ("transformers==4.50.0", "transformers")  # the oldest supported and the newest
 IMPORT_LIMIT = 1.0  # seconds beyond torch's own
-IGNORED = ("__pycache__", "*.so", "build_info.json", "*.egg-info", "build", "dist", "runs", ".*")
-
-
-class Failed(Exception):
-    pass
 
 
 class Row(NamedTuple):
     name: str
     status: str  # ok, FAILED or not available
     remark: str
-
-
-class Log:
-    """One row's commands and all they print."""
-
-    def __init__(self, name: str) -> None:
-        self.path = OUTPUT / "logs" / (re.sub(r"[^\w.=+-]+", "-", name) + ".log")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
-
-    def run(self, *command: object, cwd: Path = OUTPUT, **environment: str) -> str:
-        """Standard output; raises Failed with the last line of errors."""
-        dropped = ("PYTHONPATH", "VIRTUAL_ENV", "CXX")
-        env = {**{k: v for k, v in os.environ.items() if k not in dropped}, **environment}
-        arguments = [str(part) for part in command]
-        done = subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-        with self.path.open("a") as file:
-            file.write(f"$ {' '.join(arguments)}\n{done.stdout}{done.stderr}\n")
-        if done.returncode:
-            lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-            raise Failed(f"{' '.join(arguments[:4])}: status {done.returncode}: {lines[-1]}")
-        return done.stdout
-
-
-def find_python(version: str) -> str | None:
-    """An interpreter of this version: the running one, on PATH, or pyenv's."""
-    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
-    for candidate in (sys.executable, f"python{version}", *map(str, pyenv)):
-        program = "import sys; print('%d.%d' % sys.version_info[:2])"
-        try:
-            done = subprocess.run([candidate, "-c", program], capture_output=True, text=True, check=False)
-        except OSError:
-            continue
-        if done.returncode == 0 and done.stdout.strip() == version:
-            return candidate
-    return None
-
-
-def environment(name: str, python: str, log: Log) -> Path:
-    """A fresh virtual environment; returns its interpreter."""
-    path = OUTPUT / "environments" / log.path.stem
-    shutil.rmtree(path, ignore_errors=True)
-    log.run(python, "-m", "venv", path)
-    return path / "bin" / "python"
 
 
 def cpu_torch(python: Path, spec: str, log: Log) -> str | None:
@@ -122,13 +70,13 @@ class Matrix:
         self.torches = torches
         self.rows: list[Row] = []
         self.wheels: dict[str, Path] = {}  # by what was there when it was built
-        self.source = OUTPUT / "source"
+        self.sdist: Path | None = None
         self.pythons = {version: find_python(version) for version in PYTHONS}
         self.main = ".".join(map(str, sys.version_info[:2]))
 
     def row(self, name: str, step: Callable[..., str], *arguments: object, **variables: str) -> None:
         """Run one step and keep its outcome."""
-        log = Log(name)
+        log = Log(OUTPUT, name)
         try:
             status, remark = "ok", step(log, *arguments, **variables)
         except Failed as failure:
@@ -141,27 +89,18 @@ class Matrix:
     # Building
 
     def build_sdist(self, log: Log) -> str:
-        shutil.rmtree(self.source, ignore_errors=True)
-        shutil.copytree(ROOT, self.source, ignore=shutil.ignore_patterns(*IGNORED))
-        python = environment("sdist", sys.executable, log)
-        log.run(python, "-m", "pip", "install", "--quiet", "build")
-        log.run(python, "-m", "build", "--sdist", "--outdir", OUTPUT / "dist", self.source)
-        (archive,) = (OUTPUT / "dist").glob("*.tar.gz")
-        with tarfile.open(archive) as file:
-            names = {name.partition("/")[2] for name in file.getnames()}
-        kept = [path for folder in ("csrc", "parrot_kernels", "parrot") for path in (self.source / folder).rglob("*")]
-        if lost := {str(path.relative_to(self.source)) for path in kept if path.is_file()} - names:
-            raise Failed(f"the sdist lacks {sorted(lost)[:3]} of {len(lost)}")
-        return f"{archive.name}, {archive.stat().st_size / 1e6:.2f} MB, {len(names)} files"
+        self.sdist = build_sdist(log)
+        return f"{self.sdist.name}, {self.sdist.stat().st_size / 1e6:.2f} MB"
 
     def build_wheel(self, log: Log, kind: str, version: str, expected: dict[str, bool], **variables: str) -> str:
-        (archive,) = (OUTPUT / "dist").glob("*.tar.gz")
-        python = environment(log.path.stem, self.interpreter(version), log)
+        if self.sdist is None:
+            raise LookupError("there is no sdist")
+        python = log.environment(log.path.stem, self.interpreter(version))
         if "PATH" in variables:  # only what the environment itself brings
             variables["PATH"] = str(python.parent)
         target = OUTPUT / "dist" / f"{kind}-{version}"
         shutil.rmtree(target, ignore_errors=True)
-        log.run(python, "-m", "pip", "wheel", "-v", "--no-deps", "-w", target, archive, **variables)
+        log.run(python, "-m", "pip", "wheel", "-v", "--no-deps", "-w", target, self.sdist, **variables)
         (wheel,) = target.glob("*.whl")
         shutil.unpack_archive(wheel, target / "unpacked", "zip")
         info = json.loads((target / "unpacked" / "parrot_kernels" / "build_info.json").read_text())
@@ -181,16 +120,12 @@ class Matrix:
         return self.wheels[f"{kind}-{version}"]
 
     def check_distributions(self, log: Log) -> str:
-        python = environment("checks", sys.executable, log)
-        log.run(python, "-m", "pip", "install", "--quiet", "twine", "check-wheel-contents", "auditwheel")
-        files = [*(OUTPUT / "dist").glob("*.tar.gz"), *self.wheels.values()]
-        log.run(python, "-m", "twine", "check", "--strict", *files)
-        log.run(python.with_name("check-wheel-contents"), "--toplevel", "parrot,parrot_kernels", *self.wheels.values())
-        return f"twine check --strict, check-wheel-contents: {len(files)} files"
+        check_contents(log, self.sdist, list(self.wheels.values()))
+        return f"twine check --strict and check-wheel-contents: {1 + len(self.wheels)} files"
 
     def check_libraries(self, log: Log) -> str:
         """The wheels link the C++ runtime and OpenMP: nothing of torch, nothing of CUDA's runtime."""
-        python = environment("libraries", sys.executable, log)
+        python = log.environment("libraries", sys.executable)
         log.run(python, "-m", "pip", "install", "--quiet", "auditwheel")
         allowed = re.compile(r"lib(gomp|stdc\+\+|gcc_s|c|m|pthread|dl|rt)\.so|ld-linux")
         tags = set()
@@ -207,7 +142,7 @@ class Matrix:
 
     def install(self, log: Log, kind: str, version: str, torch: str, expected: str, *more: str) -> str:
         wheel = self.wheel(kind, version)
-        python = environment(log.path.stem, self.interpreter(version), log)
+        python = log.environment(log.path.stem, self.interpreter(version))
         found = cpu_torch(python, torch, log)
         if found is None:
             raise LookupError(f"the index has no build of {torch} for CPUs and Python {version}")
@@ -218,7 +153,7 @@ class Matrix:
     def install_without_torch(self, log: Log, version: str) -> str:
         """All sources compile to byte code, and the kernels give the right numbers where there is no torch."""
         wheel = self.wheel("g++", version)
-        python = environment(log.path.stem, self.interpreter(version), log)
+        python = log.environment(log.path.stem, self.interpreter(version))
         log.run(python, "-m", "pip", "install", "--quiet", "numpy")
         log.run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
         program = "import sysconfig; print(sysconfig.get_paths()['platlib'])"
@@ -231,8 +166,8 @@ class Matrix:
     def install_editable(self, log: Log, torch: str, expected: str, **variables: str) -> str:
         copy = OUTPUT / log.path.stem
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(self.source, copy)
-        python = environment(log.path.stem, sys.executable, log)
+        shutil.copytree(OUTPUT / "source", copy)
+        python = log.environment(log.path.stem, sys.executable)
         if (found := cpu_torch(python, torch, log)) is None:
             raise LookupError(f"the index has no build of {torch} for CPUs")
         log.run(python, "-m", "pip", "install", "--quiet", *torch.split())
