@@ -58,11 +58,12 @@ def check_copy(python: Path, expected: str, log: Log) -> str:
     doctor = log.run(python, "-I", "-m", "parrot_kernels")
     if f"sinkhorn_hadamard on cpu: {expected}" not in doctor:
         raise Failed(f"the doctor does not say that {expected} serves")
-    log.run(python, "-I", ROOT / "tests" / "install_smoke.py", expected)
+    said = log.run(python, "-I", ROOT / "tests" / "install_smoke.py", expected)
+    beside = "".join(f"{found}; " for found in re.findall(r"transformers \S+", said))
     seconds = import_seconds(python, log)
     if seconds > IMPORT_LIMIT:
         raise Failed(f"imports in {seconds:.2f} s beyond torch")
-    return f"{expected} serves; import {seconds:.2f} s"
+    return f"{beside}{expected} serves; import {seconds:.2f} s"
 
 
 class Matrix:
