@@ -1,5 +1,6 @@
 # make demo   trains PARROT and its baselines on a spoken demo corpus and reports
 # make test   runs the test suite; make test-all also what takes minutes (every CUDA source for every architecture)
+# make mutants plants faults into the kernels and sees whether the tests notice (an hour or more)
 # make bench  measures the kernels beside their peers, in minutes, into runs/bench
 # make docs   builds the documentation site into site/, strictly
 # make install-matrix, wheels, typecheck, coverage: what a release is checked with, see docs/release.md
@@ -16,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all bench lint format typecheck coverage docs install-matrix wheels doctor clean
+.PHONY: demo test test-all mutants bench lint format typecheck coverage docs install-matrix wheels doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
@@ -26,6 +27,9 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
+
+mutants: $(VENV)/.test
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/mutants.py
 
 bench: $(VENV)/.bench
 	$(BIN)/parrot bench --suite quick
