@@ -107,11 +107,9 @@ def _scan() -> Iterable[Target]:
 
 def _transformers() -> Iterable[Target]:
     slow, op = "transformers' slow path", "transformers_mamba"
-    why = {"1x512": "what is left is what torch's projections write"}
     yield Target(op, "MambaModel on its slow path, 5 times longer", "forward", {"1x512": 5.0}, slower(slow))
-    yield Target(
-        op, "MambaModel on its slow path, 10 times the peak memory", "forward", {"1x512": 10.0}, memory(slow), why
-    )
+    text = "MambaModel on its slow path, 10 times the peak memory"
+    yield Target(op, text, "forward", {"1x512": 10.0}, memory(slow))
     yield Target(op, "cached generation, no slower", "generate", {"1x1": 1.0}, slower(slow))
 
 

@@ -88,6 +88,27 @@ def test_outputs_and_gradients_are_those_of_the_slow_path(make, training):
 
 
 @MODELS
+@pytest.mark.parametrize("length", [1, 8, 9, 21])
+@pytest.mark.parametrize("masked", [False, True])
+def test_inference_in_pieces(make, length, masked, monkeypatch):
+    monkeypatch.setattr(fast, "PIECE", 8)
+    lengths = []
+    inference = fast._inference
+    monkeypatch.setattr(fast, "_inference", lambda m, x, mask: lengths.append(x.shape[1]) or inference(m, x, mask))
+    model, ids = make().eval(), torch.randint(1, 50, (2, length))
+    mask = torch.ones_like(ids)
+    mask[1, : length // 2] = 0 if masked else 1
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask, use_cache=False).logits
+        with fast.enabled():
+            got = model(ids, attention_mask=mask, use_cache=False).logits
+    if hasattr(transformers.models.mamba.modeling_mamba, "mamba_selective_scan"):
+        assert lengths
+        assert set(lengths) == {length}
+    assert_same({"logits": got}, {"logits": want})
+
+
+@MODELS
 def test_cached_generation(make):
     model, inputs = make().eval(), batch()
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

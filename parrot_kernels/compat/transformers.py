@@ -21,11 +21,15 @@ from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import causal_conv1d, mamba_ssm
 
 MIXERS = {"mamba": "MambaMixer", "falcon_mamba": "FalconMambaMixer", "jamba": "JambaMambaMixer"}
+
+PIECE = 128  # steps that inference runs at a time: fewer, and the projections slow down
 
 _ABSENT = object()
 _replaced: list[tuple[Any, str, Any]] = []  # (owner, attribute, value before)
@@ -40,15 +44,16 @@ def enable() -> None:
     modules = [importlib.import_module(f"transformers.models.{model}.modeling_{model}") for model in MIXERS]
     for modeling, mixer_name in zip(modules, MIXERS.values(), strict=True):
         if hasattr(modeling, "mamba_selective_scan"):
-            functions = _FUNCTIONS
+            functions, forward = _FUNCTIONS, _inference_in_pieces
         else:
             functions = _KERNELS | {
                 "is_fast_path_available": True,
                 "lazy_load_kernel": _lazy_load_kernel(modeling),
                 "_lazy_load_causal_conv1d": lambda: (_convolution_step, _convolution),
             }
-            mixer = getattr(modeling, mixer_name)
-            _replace(mixer, "forward", _kernel_forward(mixer))
+            forward = _kernel_forward
+        mixer = getattr(modeling, mixer_name)
+        _replace(mixer, "forward", forward(mixer))
         for name, function in functions.items():
             _replace(modeling, name, function)
 
@@ -117,6 +122,72 @@ def _scan(*arguments: Any, use_mambapy: bool = False, use_associative_scan: bool
 
 def _no_fused_block(*arguments: Any, **options: Any) -> None:
     """None tells the mixer to compose the block from the other functions, which also respects the padding mask."""
+
+
+def _inference_in_pieces(mixer_class: type[nn.Module]) -> Callable[..., Tensor]:
+    """The mixer's forward; on a CPU, without gradients and without a cache, by `_inference`."""
+    original = mixer_class.forward
+
+    @functools.wraps(original)
+    def forward(
+        self: nn.Module,
+        hidden_states: Tensor,
+        cache_params: Any | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        elsewhere = hidden_states.device.type != "cpu" or hasattr(self.dt_proj, "_hf_hook")  # of accelerate
+        altered = hasattr(self.config, "_is_quantized") or self.activation not in ("silu", "swish")
+        if torch.is_grad_enabled() or cache_params is not None or options or elsewhere or altered:
+            return original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **options)
+        return _inference(self, hidden_states, attention_mask)
+
+    return forward
+
+
+def _inference(mixer: nn.Module, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """What the mixer computes, `PIECE` steps at a time: ten times the size of its input is then that of a piece."""
+    norms = [getattr(mixer, f"{name}_layernorm", nn.Identity()) for name in ("dt", "b", "c")]
+    sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+    conv1d, dt_proj = mixer.conv1d, mixer.dt_proj
+    filters, A, D = conv1d.weight.squeeze(1), -torch.exp(mixer.A_log.float()), mixer.D.float()
+    delta_bias = None if dt_proj.bias is None else dt_proj.bias.float()
+
+    def run(steps: slice, inputs: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        valid = None if mask is None else mask[:, steps, None]
+        x, z = mixer.in_proj(_masked(hidden_states[:, steps], valid)).transpose(1, 2).chunk(2, dim=1)
+        u, inputs = causal_conv1d.causal_conv1d_fn(x, filters, conv1d.bias, None, inputs, True, activation="silu")
+        u = _masked(u.transpose(1, 2), valid)
+        dt, B, C = (norm(t) for norm, t in zip(norms, mixer.x_proj(u).split(sizes, dim=-1), strict=True))
+        y, state = mamba_ssm.selective_scan_fn(
+            u.transpose(1, 2),
+            F.linear(dt, dt_proj.weight).transpose(1, 2),
+            A,
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            D,
+            z,
+            delta_bias,
+            delta_softplus=True,
+            return_last_state=True,
+            prev_state=state,
+        )
+        return mixer.out_proj(y.transpose(1, 2).to(hidden_states.dtype)), inputs, state
+
+    length = hidden_states.shape[1]
+    first, inputs, state = run(slice(0, PIECE), None, None)
+    if length <= PIECE:
+        return first
+    out = first.new_empty(first.shape[0], length, first.shape[2])
+    out[:, :PIECE] = first
+    for start in range(PIECE, length, PIECE):
+        steps = slice(start, start + PIECE)
+        out[:, steps], inputs, state = run(steps, inputs, state)
+    return out
+
+
+def _masked(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else (x * valid).to(x.dtype)
 
 
 _FUNCTIONS = {
