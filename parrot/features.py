@@ -1,10 +1,7 @@
-"""Embeddings of a corpus, extracted once and kept in a cache that survives crashes and company.
+"""Embeddings of a corpus, extracted once and kept in a store that survives crashes and company.
 
-A cache is a folder with one folder per encoder fingerprint, which holds numbered safetensors shards. A shard
-maps the SHA-256 of audio files to embeddings; it is written whole or not at all and never changes. So an
-embedding is found again whatever its file is called, and a file that changed is a new one. Writers hold a lock
-only while they add a shard, and first take over what others have added: several processes can share a cache,
-and a key that has a value keeps it.
+See :mod:`parrot.store` for the files. An embedding is found again whatever its audio file is called, and a file that
+changed is a new one. The processes that `accelerate launch` or `torchrun` started share the work.
 """
 
 from __future__ import annotations
@@ -12,31 +9,59 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from torch import Tensor
 
 from parrot.corpora.audio import AudioError, decode_waveform, read_audio_file
 from parrot.corpora.base import Corpus
-from parrot.files import write_atomically
+from parrot.distributed import Group
+from parrot.store import FeatureStore, StoredRows
 
 if TYPE_CHECKING:
     from parrot.encoders.base import Encoder
 
-FORMAT = "v1"  # part of the folder name: a change in how recordings are read or kept starts a new cache
 FLUSH_SECONDS = 3.0
-LOCK_SECONDS = 60.0
-_SHARD_NUMBER = re.compile(r"shard-(\d+)\.")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How clips go through the encoder. Whatever is not the default changes the last digits, or more of them, of the
+    embeddings, so these have a place of their own in the store.
+
+    Attributes:
+        clips: clips in a batch, which are of similar length: sorted by the size of their files, so that batches
+            depend on the corpus alone. Encoders that hide padding by a mask (``maskable``) take them padded, which
+            changes a clip's embedding by rounding; the others take clips of equal length together.
+        precision: "fp32", or "bf16": matrix products and convolutions under ``torch.autocast``; embeddings are kept
+            in fp32 and agree with fp32's to about two digits.
+        compile: run the encoder through ``torch.compile`` with dynamic lengths, which takes a minute to warm up.
+    """
+
+    clips: int = 1
+    precision: str = "fp32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.clips, int) or self.clips < 1:
+            raise ValueError(f"Extraction: `clips` must be an integer of at least 1; got {self.clips!r}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"Extraction: `precision` must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
+
+    @property
+    def suffix(self) -> str:
+        """What sets its embeddings apart in the store; empty for the default."""
+        parts = [f"-{self.clips}-clips" * (self.clips > 1), f"-{self.precision}" * (self.precision != "fp32")]
+        return "".join(parts) + "-compiled" * self.compile
 
 
 @dataclass(frozen=True)
@@ -44,196 +69,199 @@ class FeatureTable:
     """Embeddings of the utterances of a corpus that could be embedded.
 
     Attributes:
-        values: (n, embedding_dim) float32.
+        rows: (n, embedding_dim) float32, on disk; indexing reads, ``np.asarray`` reads everything.
         indices: (n,) int64, ascending; row i belongs to ``corpus.utterances[indices[i]]``.
         failures: path and reason of each utterance that could not be embedded.
-        reused: how many rows were in the cache already.
-        hashes: the SHA-256 of the audio file of each row, in hex: one value for recordings that are the same.
+        reused: how many rows were in the store already.
     """
 
-    values: np.ndarray
+    rows: StoredRows
     indices: np.ndarray
     failures: list[tuple[Path, str]]
     reused: int
-    hashes: tuple[str, ...] = ()
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """All ``rows`` in memory."""
+        return np.asarray(self.rows)
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """The SHA-256 of the audio file of each row, in hex: one value for recordings that are the same."""
+        return tuple(key.tobytes().hex() for key in self.rows.keys)
 
 
-class FeatureCache:
-    """The cached embeddings of one encoder, by the SHA-256 of the audio file's content.
+def extract(
+    corpus: Corpus,
+    encoder: Encoder,
+    cache_dir: str | os.PathLike,
+    progress: bool = True,
+    *,
+    how: Extraction | None = None,
+    group: Group | None = None,
+) -> FeatureTable:
+    """Embed every utterance of ``corpus`` and keep the embeddings below ``cache_dir``.
 
-    Args:
-        cache_dir: folder of the cache, made if missing.
-        fingerprint: identifies the encoder, its configuration and its weights.
-        dim: size of an embedding.
+    By default utterances go through the encoder one at a time and unpadded, because padding changes the statistics
+    that SSAM and group-norm encoders take over a clip. What is in the store is not computed again and comes back bit
+    for bit. New embeddings are written every few seconds, so a killed run, or one killed process of it, loses no
+    more than those. A recording that can't be used is listed in ``failures`` and tried again next time; the others
+    are kept.
 
-    Raises:
-        RuntimeError: another process holds the lock for a minute.
-        OSError: the folder can't be made, read or written; the disk is full. What is in the cache stays.
-    """
-
-    def __init__(self, cache_dir: str | os.PathLike, fingerprint: str, dim: int):
-        self.folder = Path(cache_dir) / f"{fingerprint}-{FORMAT}"
-        self._fingerprint, self._dim = fingerprint, dim
-        self._rows: dict[bytes, np.ndarray] = {}
-        self._seen: set[str] = set()
-        with self._explained("use"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / "lock", timeout=LOCK_SECONDS)
-        with self._locked(), self._explained("read"):
-            for stale in self.folder.glob(".*.tmp"):  # files are only written under the lock
-                stale.unlink()
-            self._refresh()
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._rows
-
-    def __getitem__(self, key: bytes) -> np.ndarray:
-        return self._rows[key]
-
-    def add(self, rows: dict[bytes, np.ndarray]) -> None:
-        """Write the embeddings ``rows`` (SHA-256 digest -> (dim,) float32) that no process has added yet."""
-        if not rows:
-            return
-        with self._locked(), self._explained("write to"):
-            self._refresh()
-            new = {key: row for key, row in rows.items() if key not in self._rows}
-            if not new:
-                return
-            keys = np.frombuffer(b"".join(new), np.uint8).reshape(-1, 32)
-            values = np.stack(list(new.values())).astype(np.float32, copy=False)
-            metadata = {"fingerprint": self._fingerprint, "sha256": _checksum(keys, values)}
-            taken = (_SHARD_NUMBER.match(path.name) for path in self.folder.glob("shard-*"))
-            name = f"shard-{max((int(match[1]) for match in taken if match), default=0) + 1:06d}.safetensors"
-            write_atomically(self.folder / name, save({"keys": keys, "values": values}, metadata))
-            self._seen.add(name)
-            self._rows.update(new)
-
-    @contextlib.contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
-        """Say of an error of the system which cache it is about and that nothing in it is lost."""
-        try:
-            yield
-        except Timeout:  # an OSError too, which is explained elsewhere
-            raise
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"features: can't {doing} the cache {self.folder}: {error.strerror or error}. What it holds is kept; "
-                "make room or use another cache folder, and run again",
-            ) from error
-
-    def _locked(self):
-        try:
-            with self._explained("lock"):
-                return self._lock.acquire()
-        except Timeout:
-            raise RuntimeError(
-                f"features: another process has held the lock of {self.folder} for {LOCK_SECONDS:g} s: "
-                "wait for it, end it, or use another cache folder"
-            ) from None
-
-    def _refresh(self) -> None:
-        """Take over the shards that appeared since the last look; earlier ones win."""
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            if path.name in self._seen:
-                continue
-            try:
-                keys, values = self._read_shard(path)
-            except (SafetensorError, ValueError) as error:
-                aside = path.with_name(path.name + ".corrupt")
-                os.replace(path, aside)
-                warnings.warn(
-                    f"features: corrupt shard set aside as {aside} ({error}); its embeddings are extracted again",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-                continue
-            self._seen.add(path.name)
-            for key, row in zip(keys, values, strict=True):
-                self._rows.setdefault(key.tobytes(), row)
-
-    def _read_shard(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            missing = {"keys", "values"} - set(file.keys())
-            if missing:
-                raise ValueError(f"no tensor {', '.join(sorted(missing))}")
-            keys, values = file.get_tensor("keys"), file.get_tensor("values")
-        if metadata.get("fingerprint") != self._fingerprint:
-            raise ValueError("it belongs to another encoder")
-        if keys.dtype != np.uint8 or values.dtype != np.float32:
-            raise ValueError(f"unexpected types {keys.dtype} and {values.dtype}")
-        if keys.shape != (len(values), 32) or values.shape != (len(keys), self._dim):
-            raise ValueError(f"unexpected shapes {keys.shape} and {values.shape}")
-        if metadata.get("sha256") != _checksum(keys, values):
-            raise ValueError("its checksum does not match")
-        return keys, values
-
-
-def extract(corpus: Corpus, encoder: Encoder, cache_dir: str | os.PathLike, progress: bool = True) -> FeatureTable:
-    """Embed every utterance of ``corpus``, each by itself, and keep the embeddings below ``cache_dir``.
-
-    Utterances go through the encoder one at a time and unpadded, because padding changes the statistics that
-    SSAM and group-norm encoders take over a clip. What is in the cache is not computed again and comes back bit
-    for bit. New embeddings are written every few seconds, so a killed run loses no more than those. A recording
-    that can't be used is listed in ``failures`` and tried again next time; the others are kept.
+    In a group each process embeds every ``group.size``-th batch, waits for the others, and returns the whole table.
+    A batch, and so the table, does not depend on the number of processes; bit for bit where they compute on as many
+    threads (``encoder.threads``, or OMP_NUM_THREADS, which torchrun sets to 1).
 
     Args:
         corpus: what to embed.
         encoder: in evaluation mode, on the device where it shall run.
-        cache_dir: folder of the cache, made if missing; encoders, corpora and processes can share it.
-        progress: show a progress bar.
-
-    Returns:
-        A `FeatureTable` in the corpus's order; all its rows are held in memory.
+        cache_dir: folder of the stores, made if missing; encoders, corpora and processes can share it. The processes
+            of a group must: on several machines, a folder that all see.
+        progress: show a progress bar, of this process's part.
+        how: batches, precision and compilation.
+        group: the processes that share the work, see :func:`parrot.distributed.join`; this one alone by default.
 
     Raises:
         ValueError: the encoder is in training mode, gives embeddings of a wrong shape, or every utterance failed.
-        RuntimeError: another process holds the cache's lock for a minute.
-        OSError: the cache can't be read or written, because the disk is full, say; what it holds is kept.
+        RuntimeError: another process holds the store's lock for a minute, or the group does not share the folder.
+        OSError: the store can't be read or written, because the disk is full, say; what it holds is kept.
     """
     from tqdm.auto import tqdm
 
     if encoder.training:
         raise ValueError("features.extract: the encoder is in training mode, wanted evaluation: call encoder.eval()")
-    cache = FeatureCache(cache_dir, encoder.fingerprint, encoder.embedding_dim)
+    how, group = how or Extraction(), group or Group()
+    store = FeatureStore(cache_dir, encoder.fingerprint + how.suffix, encoder.embedding_dim)
+    embed = torch.compile(encoder.embed, dynamic=True) if how.compile else encoder.embed
+    found: list[tuple[int, bytes]] = []
+    failed: list[tuple[int, str]] = []
     new: dict[bytes, np.ndarray] = {}
-    keys: list[bytes] = []
-    indices: list[int] = []
-    failures: list[tuple[Path, str]] = []
     reused = 0
     last_flush = time.monotonic()
-    bar = tqdm(corpus.utterances, desc=f"features {encoder.name}", unit="clip", disable=not progress)
+    batches = _batches(corpus, how.clips)[group.rank :: group.size]
+    bar = tqdm(total=sum(map(len, batches)), desc=f"features {encoder.name}", unit="clip", disable=not progress)
     try:
-        for index, utterance in enumerate(bar):
-            try:
-                data = read_audio_file(utterance.path)
-                key = hashlib.sha256(data).digest()
-                if key in cache:
-                    reused += 1
-                elif key not in new:
-                    new[key] = _embed(encoder, data, utterance.path)
-            except AudioError as error:
-                failures.append((utterance.path, error.reason))
-                continue
-            keys.append(key)
-            indices.append(index)
+        for batch in batches:
+            files: list[tuple[int, bytes, bytes]] = []
+            for index in batch:
+                try:
+                    data = read_audio_file(corpus.utterances[index].path)
+                    files.append((index, hashlib.sha256(data).digest(), data))
+                except AudioError as error:
+                    failed.append((index, error.reason))
+            old = [key in store for _, key, _ in files]
+            reused += sum(old)
+            if not all(known or key in new for known, (_, key, _) in zip(old, files, strict=True)):
+                outcomes = _embed_files(encoder, embed, how, [(corpus.utterances[i].path, data) for i, _, data in files])
+            else:
+                outcomes = [None] * len(files)
+            for known, (index, key, _), outcome in zip(old, files, outcomes, strict=True):
+                if isinstance(outcome, AudioError) and not known:
+                    failed.append((index, outcome.reason))
+                    continue
+                if not known and outcome is not None:
+                    new.setdefault(key, outcome)
+                found.append((index, key))
+            bar.update(len(batch))
             if time.monotonic() - last_flush > FLUSH_SECONDS:
-                cache.add(new)
+                store.add(new)
                 new.clear()
                 last_flush = time.monotonic()
     finally:
-        cache.add(new)
+        bar.close()
+        store.add(new)
+    parts = group.gather((found, failed, reused))  # waits for the others
+    found = sorted(pair for part in parts for pair in part[0])
+    failures = [(corpus.utterances[i].path, reason) for i, reason in sorted(pair for part in parts for pair in part[1])]
     if failures:
         summary = f"{len(failures)} of {len(corpus)} recordings can't be used; the first: " + ": ".join(
             map(str, failures[0])
         )
-        if not keys:
+        if not found:
             raise ValueError(f"features.extract: {summary}")
         warnings.warn(f"features.extract: {summary}", stacklevel=2)
-    values = np.stack([cache[key] for key in keys])
-    hashes = tuple(key.hex() for key in keys)
-    return FeatureTable(values, np.array(indices, dtype=np.int64), failures, reused, hashes)
+    try:
+        rows = store.rows([key for _, key in found])
+    except KeyError as error:
+        raise RuntimeError(
+            f"features.extract: what other processes embedded is not in {store.folder}. All of them, on all machines, "
+            "must share the cache folder."
+        ) from error
+    indices = np.array([index for index, _ in found], dtype=np.int64)
+    return FeatureTable(rows, indices, failures, sum(part[2] for part in parts))
+
+
+def _batches(corpus: Corpus, clips: int) -> list[list[int]]:
+    """Utterances of similar length together, which the sizes of their files tell; alone in the corpus's order."""
+    order = list(range(len(corpus)))
+    if clips > 1:
+        order.sort(key=lambda index: (_size(corpus.utterances[index].path), index))
+    return [order[start : start + clips] for start in range(0, len(order), clips)]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # reading it will say why
+        return 0
+
+
+def _embed_files(
+    encoder: Encoder, embed: Callable[..., Tensor], how: Extraction, files: list[tuple[Path, bytes]]
+) -> list[np.ndarray | AudioError]:
+    """The embedding of each file, or why there is none."""
+    outcomes: list[np.ndarray | AudioError | None] = [None] * len(files)
+    together: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for place, (path, data) in enumerate(files):
+        try:
+            waveform = decode_waveform(data, path, encoder.sample_rate, encoder.min_samples)
+        except AudioError as error:
+            outcomes[place] = error
+            continue
+        length = 0 if getattr(encoder, "maskable", False) else len(waveform)
+        together.setdefault(length, []).append((place, waveform))
+    for members in together.values():
+        try:
+            rows = _embed(encoder, embed, how, [waveform for _, waveform in members])
+        except (RuntimeError, ValueError) as error:
+            if len(members) > 1:  # one of them, or too many of them: which?
+                rows = []
+                for _, waveform in members:
+                    try:
+                        rows += _embed(encoder, embed, how, [waveform])
+                    except (RuntimeError, ValueError) as its_own:
+                        rows.append(its_own)
+            else:
+                rows = [error]
+        for (place, _), row in zip(members, rows, strict=True):
+            path = files[place][0]
+            if isinstance(row, Exception):
+                outcomes[place] = AudioError(path, f"encoder {encoder.name} failed: {row}")
+            elif row.shape != (encoder.embedding_dim,):
+                raise ValueError(
+                    f"features.extract: encoder {encoder.name}: wanted an embedding of shape "
+                    f"(1, {encoder.embedding_dim}), got {(1, *row.shape)}"
+                )
+            elif not np.isfinite(row).all():
+                outcomes[place] = AudioError(path, f"encoder {encoder.name} gave values that are not finite")
+            else:
+                outcomes[place] = row
+    return outcomes
+
+
+def _embed(
+    encoder: Encoder, embed: Callable[..., Tensor], how: Extraction, waveforms: list[np.ndarray]
+) -> list[np.ndarray]:
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    lengths = [len(waveform) for waveform in waveforms]
+    batch = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True).to(device)
+    with (
+        torch.inference_mode(),
+        _threads(encoder.threads),
+        torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16"),
+    ):
+        embeddings = embed(batch, lengths) if len(set(lengths)) > 1 else embed(batch)
+    return list(embeddings.float().cpu().numpy())
 
 
 @contextlib.contextmanager
@@ -245,28 +273,3 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _embed(encoder: Encoder, data: bytes, path: Path) -> np.ndarray:
-    waveform = decode_waveform(data, path, encoder.sample_rate, encoder.min_samples)
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-    try:
-        with torch.inference_mode(), _threads(encoder.threads):
-            embedding = encoder.embed(torch.from_numpy(waveform)[None].to(device))
-    except (RuntimeError, ValueError) as error:
-        raise AudioError(path, f"encoder {encoder.name} failed: {error}") from error
-    if embedding.shape != (1, encoder.embedding_dim):
-        raise ValueError(
-            f"features.extract: encoder {encoder.name}: wanted an embedding of shape (1, {encoder.embedding_dim}), "
-            f"got {tuple(embedding.shape)}"
-        )
-    row = embedding[0].float().cpu().numpy()
-    if not np.isfinite(row).all():
-        raise AudioError(path, f"encoder {encoder.name} gave values that are not finite")
-    return row
-
-
-def _checksum(keys: np.ndarray, values: np.ndarray) -> str:
-    digest = hashlib.sha256(keys.tobytes())
-    digest.update(values.tobytes())
-    return digest.hexdigest()

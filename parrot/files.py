@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader, or a crash, never sees half of it.
+def write_atomically(path: str | os.PathLike, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write ``data``, given whole or in pieces, to ``path`` so that a reader, or a crash, never sees half of it.
 
     The bytes go to a temporary file in the same folder, reach the disk, and then take the name in one step.
     """
@@ -15,7 +16,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
