@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from parrot.commands import bench, convert, corpora, demo, features, info, predict, reproduce, train
+from parrot.workers import launched
 
+SHARED = ("features", "train")  # what the processes of a launcher can do together
 COMMANDS = (demo, corpora, features, train, reproduce, predict, convert, info, bench)
 
 DESCRIPTION = """\
@@ -35,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.debug:
         warnings.showwarning = _show_warning
     try:
+        if launched() and args.command not in SHARED:
+            raise ValueError(f"processes of a launcher can share {' and '.join(SHARED)} only. Start it plainly.")
+        if launched() and int(os.environ["RANK"]) > 0:  # the first process speaks for all
+            warnings.showwarning = lambda *_, **__: None
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                return args.run(args)
         return args.run(args)
     except KeyboardInterrupt:
         print("\nparrot: interrupted. What was finished is kept; run the command again to go on.", file=sys.stderr)

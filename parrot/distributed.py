@@ -5,7 +5,7 @@ One process that was started plainly is a group of one: it exchanges nothing, an
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,12 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from parrot.workers import launched
+
 T = TypeVar("T")
-
-
-def launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,16 @@ class Group:
         on_cpu = next(model.parameters()).device.type == "cpu"
         return Accelerator(cpu=on_cpu, mixed_precision="no").prepare_model(model)
 
-    def share_rows(self, module: nn.Module) -> None:
+    def share_rows(self, module: nn.Module) -> Callable[[], None]:
         """Let ``module``, which works row by row, compute a part of the rows in each process, in training mode.
 
         It is given the same (b, ...) input everywhere and gives the same (b, ...) output, gathered from all. What
         follows then computes the same everywhere, losses too, and so the gradient that reaches the output is that of
         the whole batch already; each process takes it for its own rows, ``size`` times, and the parameters' gradients
         are right when they have been averaged over the group, as :meth:`parallel` does.
+
+        Returns:
+            What undoes it.
         """
         rows = 0
 
@@ -80,9 +80,15 @@ class Group:
         def gather_output(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
             return _Gather.apply(output, rows, self._own(rows), self.size) if module.training else None
 
-        if self.size > 1:
-            module.register_forward_pre_hook(slice_input)
-            module.register_forward_hook(gather_output)
+        if self.size == 1:
+            return lambda: None
+        hooks = module.register_forward_pre_hook(slice_input), module.register_forward_hook(gather_output)
+
+        def unshare() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return unshare
 
     def _own(self, rows: int) -> slice:
         return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)

@@ -13,7 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ import torch
 from torch import nn
 
 from parrot.corpora.splits import Fold, assert_no_leakage_in
+from parrot.distributed import Group
 from parrot.files import write_atomically
+from parrot.store import StoredRows
 from parrot.training import (
     TrainingConfig,
     TrainingResult,
@@ -105,7 +107,7 @@ class CrossValidation:
 class Task:
     """All that the training runs of one cross-validation share."""
 
-    features: tuple[np.ndarray, ...]
+    features: tuple[np.ndarray | StoredRows, ...]
     labels: np.ndarray
     n_classes: int
     folds: tuple[Fold, ...]
@@ -121,14 +123,14 @@ class Task:
     def seed_of(self, fold: int) -> int:
         return self.seed * 100 + self.folds[fold].index
 
-    def fit(self, system: str, fold: int) -> tuple[nn.Module, TrainingResult]:
+    def fit(self, system: str, fold: int, group: Group | None = None) -> tuple[nn.Module, TrainingResult]:
         """Initialise and train one system on one fold."""
-        model = self.model(system, fold)
-        return model, train(model, self.features, self.labels, self.folds[fold], self.config, self.seed_of(fold))
+        model, seed = self.model(system, fold), self.seed_of(fold)
+        return model, train(model, self.features, self.labels, self.folds[fold], self.config, seed, group)
 
-    def result(self, system: str, fold: int) -> TrainingResult:
+    def result(self, system: str, fold: int, group: Group | None = None) -> TrainingResult:
         """What training one system on one fold leaves behind."""
-        return self.fit(system, fold)[1]
+        return self.fit(system, fold, group)[1]
 
     @cached_property
     def _digests(self) -> tuple[list[str], str]:
@@ -153,10 +155,14 @@ class Task:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def digest(array: np.ndarray) -> str:
-    """Hash of an array's dtype, shape and values."""
-    array = np.ascontiguousarray(array)
-    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+def digest(array: np.ndarray | StoredRows) -> str:
+    """Hash of an array's dtype, shape and values; the same for rows on disk."""
+    if not isinstance(array, StoredRows):
+        array = np.ascontiguousarray(array)
+    state = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    for start in range(0, len(array), 1 << 14):
+        state.update(array[start : start + (1 << 14)].tobytes())
+    return state.hexdigest()
 
 
 def model_digest(model: nn.Module) -> str:
@@ -181,6 +187,7 @@ def cross_validate(
     build: Build | None = None,
     progress: bool = True,
     groups: Mapping[str, Sequence[str]] | None = None,
+    group: Group | None = None,
 ) -> CrossValidation:
     """Train and test every system on every fold.
 
@@ -200,6 +207,9 @@ def cross_validate(
         progress: show a progress bar.
         groups: what train, validation and test must not share, such as ``{"speaker": corpus speakers,
             "recording": file hashes}``, (n,) each; checked for every fold before anything is trained.
+        group: processes that train each run together and all call this, see :func:`parrot.distributed.join`; there
+            are no worker processes then, and the figures agree with those of one process up to rounding. The main
+            process alone reads and writes ``store``.
 
     Raises:
         ValueError: if there is no system or fold, a class index has no name, the training data are bad, or a fold
@@ -218,7 +228,7 @@ def cross_validate(
         if len(values) != len(labels):
             raise ValueError(f"cross_validate: `groups[{what!r}]` must have {len(labels)} values; got {len(values)}.")
     assert_no_leakage_in(folds, groups or {})
-    config = config or TrainingConfig()
+    config, group = config or TrainingConfig(), group or Group()
     task = Task(tuple(features), labels, len(label_names), tuple(folds), config, seed, build)
     store = None if store is None else Path(store)
 
@@ -230,17 +240,23 @@ def cross_validate(
         initial, sizes[system] = model_digest(model), sum(p.numel() for p in model.parameters())
         for fold in range(len(folds)):
             keys[system, fold] = task.key(system, fold, initial)
-            if store is not None and (stored := load_result(_path(store, system, fold, keys))) is not None:
-                results[system, fold] = stored
+            if store is not None and group.main:
+                stored = load_result(_path(store, system, fold, keys))
+                if stored is not None:
+                    results[system, fold] = stored
+    results = group.of_main(results)
     reused = len(results)
     missing = sorted((run for run in keys if run not in results), key=lambda run: -sizes[run[0]])  # longest first
-    if workers is None:
+    if group.size > 1:
+        workers = 1
+    elif workers is None:
         workers = usable_cores() if config.resolved_device().type == "cpu" else 1
 
-    with contextlib.closing(run_all(task.result, missing, workers)) as finished:
+    fit = partial(task.result, group=group)
+    with contextlib.closing(run_all(fit, missing, workers)) as finished:
         for (system, fold), result in _progress(finished, len(keys), reused, progress):
             results[system, fold] = result
-            if store is not None:
+            if store is not None and group.main:
                 save_result(_path(store, system, fold, keys), result)
 
     def fold_result(system: str, fold: int) -> FoldResult:
@@ -283,18 +299,19 @@ def train_final(
     config: TrainingConfig | None = None,
     seed: int = 0,
     build: Build | None = None,
+    group: Group | None = None,
 ) -> Path:
     """Train one system on ``fold`` and save it as a checkpoint; one that the same call made is left as it is.
 
     Args:
-        system, features, labels, label_names, config, seed, build: as in :func:`cross_validate`.
+        system, features, labels, label_names, config, seed, build, group: as in :func:`cross_validate`.
         fold: see :func:`final_fold`.
         folder: of the checkpoint.
         description: what a user of the model must know beside the system, its widths and its labels.
     """
     if build is None:
         from parrot.model import build
-    config = config or TrainingConfig()
+    config, group = config or TrainingConfig(), group or Group()
     task = Task(tuple(features), labels, len(label_names), (fold,), config, seed, build)
     description = {
         **description,
@@ -304,12 +321,13 @@ def train_final(
         "batch_size": config.batch_size,
         "key": task.key(system, 0, model_digest(task.model(system, 0))),
     }
+    found: dict[str, Any] = {}
     with contextlib.suppress(ValueError):  # none yet, or a broken one
         found = load_checkpoint(folder)[1]
-        if {**found, "weights_sha256": None} == {**description, "weights_sha256": None}:
-            return Path(folder)
-    model, _ = task.fit(system, 0)
-    return save_checkpoint(folder, model, description)
+    if group.of_main({**found, "weights_sha256": None} == {**description, "weights_sha256": None}):
+        return Path(folder)
+    model, _ = task.fit(system, 0, group)
+    return save_checkpoint(folder, model, description) if group.main else Path(folder)
 
 
 def _path(store: Path, system: str, fold: int, keys: dict[tuple[str, int], str]) -> Path:

@@ -152,7 +152,9 @@ def extract(
             old = [key in store for _, key, _ in files]
             reused += sum(old)
             if not all(known or key in new for known, (_, key, _) in zip(old, files, strict=True)):
-                outcomes = _embed_files(encoder, embed, how, [(corpus.utterances[i].path, data) for i, _, data in files])
+                outcomes = _embed_files(
+                    encoder, embed, how, [(corpus.utterances[i].path, data) for i, _, data in files]
+                )
             else:
                 outcomes = [None] * len(files)
             for known, (index, key, _), outcome in zip(old, files, outcomes, strict=True):

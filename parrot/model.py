@@ -139,6 +139,11 @@ class Parrot(nn.Module):
             self.register_buffer("reference_is_set", torch.tensor(False))
         self.classifier = Classifier(self.fusion.width(config.projection), n_classes, config)
 
+    @property
+    def row_modules(self) -> tuple[nn.Module, ...]:
+        """What works row by row, before the rows of a batch meet."""
+        return tuple(self.streams)
+
     def project(self, *features: Tensor) -> list[Tensor]:
         """Each stream (B, d_k) or (B, T, d_k) projected to (B, projection)."""
         if len(features) != len(self.dims):
@@ -221,6 +226,11 @@ class SingleEncoderClassifier(nn.Module):
         self.dim, self.encoder = dim, encoder
         self.stem = EmbeddingCNN(dim, config.filters) if head == "cnn" else nn.Identity()
         self.classifier = Classifier(self.stem.width if head == "cnn" else dim, n_classes, config)
+
+    @property
+    def row_modules(self) -> tuple[nn.Module, ...]:
+        """What works row by row, before dropout."""
+        return (self.stem,)
 
     def forward(self, *features: Tensor) -> Tensor:
         """Logits (B, n_classes) of the encoder's (B, dim) or (B, T, dim) tensor, alone or among all encoders'."""

@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parrot.distributed import Group
 from parrot.files import write_atomically
+from parrot.store import StoredRows
 
 if TYPE_CHECKING:
     from parrot.corpora.splits import Fold
@@ -127,79 +129,118 @@ def reproducible(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def predict(
-    model: nn.Module, features: Sequence[np.ndarray | Tensor], batch_size: int = 32, device: str | torch.device = "cpu"
+    model: nn.Module,
+    features: Sequence[np.ndarray | Tensor | StoredRows],
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    group: Group | None = None,
 ) -> np.ndarray:
     """Logits (n, n_classes) float32 of all rows, in their order, in batches of ``batch_size`` (the last smaller).
 
-    With batch-wise transport a row's logits depend on the rows that share its batch.
+    With batch-wise transport a row's logits depend on the rows that share its batch. In a group each process computes
+    every ``group.size``-th batch, and all return the logits of all.
     """
-    tensors = [torch.as_tensor(f, dtype=torch.float32, device=device) for f in features]
+    group = group or Group()
+    starts = range(0, len(features[0]), batch_size)
     model.eval()
     with torch.no_grad():
-        parts = [model(*batch) for batch in zip(*(t.split(batch_size) for t in tensors), strict=True)]
-    return torch.cat(parts).float().cpu().numpy()
+        own = [
+            model(*(_rows(f, slice(start, start + batch_size), device) for f in features)).float().cpu().numpy()
+            for start in starts[group.rank :: group.size]
+        ]
+    parts = group.gather(own)
+    return np.concatenate([parts[i % group.size][i // group.size] for i in range(len(starts))])
+
+
+def _rows(features: np.ndarray | Tensor | StoredRows, index: Any, device: str | torch.device) -> Tensor:
+    """Some rows as a float32 tensor; of features on disk, these are read."""
+    if not isinstance(features, Tensor) and isinstance(index, Tensor):
+        index = index.cpu().numpy()
+    return torch.as_tensor(features[index], dtype=torch.float32, device=device)
 
 
 def train(
     model: nn.Module,
-    features: Sequence[np.ndarray],
+    features: Sequence[np.ndarray | StoredRows],
     labels: np.ndarray,
     fold: Fold,
     config: TrainingConfig | None = None,
     seed: int = 0,
+    group: Group | None = None,
 ) -> TrainingResult:
     """Train ``model`` on ``fold`` and evaluate it on the fold's test rows. The best weights end in ``model``.
 
+    In a group the processes train one model together, and the result is that of one process up to rounding. A batch
+    keeps its ``config.batch_size`` rows, whatever the number of processes, since the paper's transport couples them.
+    Each process computes what works row by row (``model.row_modules``: convolutions and projections, nearly all of
+    the work) on its part of the rows; their outputs are gathered, differentiably; fusion, classifier (dropout of the
+    same seed) and loss are computed on the whole batch by every process; gradients are averaged by accelerate's data
+    parallelism, see :meth:`parrot.distributed.Group.share_rows`. Batches of evaluation are dealt out whole.
+
     Args:
         model: takes one (b, d_k) float32 tensor per feature matrix, gives logits (b, n_classes).
-        features: one (n, d_k) matrix per encoder, rows aligned.
+        features: one (n, d_k) matrix per encoder, rows aligned. An array is put on the device as a whole; of rows on
+            disk (:class:`parrot.store.StoredRows`) a batch is read at a time.
         labels: (n,) integer classes.
         fold: row indices train, validation, test; test may be empty.
         config: the protocol; the paper's by default.
         seed: of shuffling and dropout (the model's own initialisation is the caller's).
+        group: see :func:`parrot.distributed.join`; this process alone by default.
 
     Raises:
         ValueError: on misaligned, non-finite or empty data, indices out of range or shared between parts.
         RuntimeError: if the validation loss is not finite before any epoch has been kept.
     """
-    config = config or TrainingConfig()
+    config, group = config or TrainingConfig(), group or Group()
     _check(features, labels, fold)
     device = config.resolved_device()
     started = time.perf_counter()
     with reproducible(seed, device):
         model.to(device)
-        data = [torch.as_tensor(np.asarray(f, dtype=np.float32), device=device) for f in features]
+        data = [
+            f if isinstance(f, StoredRows) else torch.as_tensor(np.asarray(f, dtype=np.float32), device=device)
+            for f in features
+        ]
         targets = torch.as_tensor(np.asarray(labels, dtype=np.int64), device=device)
         if getattr(getattr(model, "config", None), "transport", None) == "reference":
             chosen = _reference_rows(fold.train, model.config.reference_size, seed)
-            model.set_reference(*(d[torch.as_tensor(chosen, device=device)] for d in data))
-        history, best_epoch = _fit(model, data, targets, fold, config, seed)
-        test = [d[torch.as_tensor(np.asarray(fold.test, dtype=np.int64), device=device)] for d in data]
+            model.set_reference(*(_rows(d, chosen, device) for d in data))
+        history, best_epoch = _fit(model, data, targets, fold, config, seed, group)
+        test = _part(data, fold.test)
         if len(fold.test):
-            logits = predict(model, test, config.batch_size, device)
+            logits = predict(model, test, config.batch_size, device, group)
         else:
             logits = np.zeros((0, 0), dtype=np.float32)
-        plan = transport_plan(model, [t[: config.batch_size] for t in test]) if len(fold.test) else None
+        first = slice(config.batch_size)
+        plan = transport_plan(model, [_rows(t, first, device) for t in test]) if len(fold.test) else None
     return TrainingResult(history, best_epoch, logits, plan, time.perf_counter() - started)
+
+
+def _part(data: list[Tensor | StoredRows], rows: np.ndarray) -> list[Tensor | StoredRows]:
+    rows = np.asarray(rows, dtype=np.int64)
+    return [d.select(rows) if isinstance(d, StoredRows) else d[torch.as_tensor(rows, device=d.device)] for d in data]
 
 
 def _fit(
     model: nn.Module,
-    data: list[Tensor],
+    data: list[Tensor | StoredRows],
     targets: Tensor,
     fold: Fold,
     config: TrainingConfig,
     seed: int,
+    group: Group,
 ) -> tuple[dict[str, list[float]], int]:
     device = targets.device
     shuffle = torch.Generator().manual_seed(seed)
     rows = torch.as_tensor(np.asarray(fold.train, dtype=np.int64))
     held_out = torch.as_tensor(np.asarray(fold.validation, dtype=np.int64), device=device)
-    validation, validation_targets = [d[held_out] for d in data], targets[held_out].cpu()
+    validation, validation_targets = _part(data, fold.validation), targets[held_out].cpu()
     used = len(rows) - len(rows) % config.batch_size if len(rows) > config.batch_size else len(rows)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     history: dict[str, list[float]] = {"train_loss": [], "validation_loss": [], "validation_accuracy": []}
     best_loss, best_epoch, best_weights = math.inf, 0, None
+    trained = group.parallel(model)
+    shared = [group.share_rows(module) for module in getattr(model, "row_modules", ())]
 
     for epoch in range(1, config.epochs + 1):
         model.train()
@@ -207,11 +248,11 @@ def _fit(
         total = torch.zeros((), dtype=torch.float64, device=device)
         for batch in order.split(config.batch_size):
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(*(d[batch] for d in data)), targets[batch])
+            loss = F.cross_entropy(trained(*(_rows(d, batch, device) for d in data)), targets[batch])
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
-        logits = torch.from_numpy(predict(model, validation, config.batch_size, device))
+        logits = torch.from_numpy(predict(model, validation, config.batch_size, device, group))
         validation_loss = F.cross_entropy(logits.double(), validation_targets).item()
         history["train_loss"].append(total.item() / used)
         history["validation_loss"].append(validation_loss)
@@ -226,6 +267,8 @@ def _fit(
             )
         if epoch - best_epoch >= config.patience:
             break
+    for unshare in shared:
+        unshare()
     model.load_state_dict(best_weights)
     return history, best_epoch
 
@@ -268,13 +311,17 @@ def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> No
         raise ValueError("train: `features` must hold at least one matrix; got none.")
     n = len(labels)
     for k, matrix in enumerate(features):
-        if matrix.ndim != 2 or len(matrix) != n:
+        if matrix.ndim != 2 or matrix.shape[0] != n:
             raise ValueError(
                 f"train: `features[{k}]` must be of shape (n, d) with n = {n}, one row per label; got {matrix.shape}."
             )
-        if not np.isfinite(matrix).all():
-            bad = int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])
-            raise ValueError(f"train: `features[{k}]` must be finite; row {bad} is not. Drop it or extract it again.")
+        for start in range(0, n, 1 << 14):
+            finite = np.isfinite(matrix[start : start + (1 << 14)]).all(axis=1)
+            if not finite.all():
+                bad = start + int(np.flatnonzero(~finite)[0])
+                raise ValueError(
+                    f"train: `features[{k}]` must be finite; row {bad} is not. Drop it or extract it again."
+                )
     if not np.issubdtype(np.asarray(labels).dtype, np.integer) or (n and np.min(labels) < 0):
         raise ValueError(
             f"train: `labels` must be integer classes from 0; got {np.asarray(labels).dtype}. "

@@ -22,6 +22,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def launched() -> bool:
+    """Whether a launcher (`accelerate launch`, `torchrun`) has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def run_all(fit: Callable[..., Any], runs: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
     """``(run, fit(*run))`` of all runs, as they finish; one worker computes in this process, in order.
 

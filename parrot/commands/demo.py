@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     splits.speaker_folds([str(voice) for voice in range(args.voices)], args.folds)  # says at once if too few
     root = demo.synthesise(args.output / "corpus", args.voices, args.sentences)
     args.encoders, args.cache, args.download, args.final = list(ENCODERS), args.output / "features", False, None
+    args.clips, args.bf16, args.compile = 1, False, False
     run_experiment(corpora.load("demo", root), args, config, synthetic=True, started=started)
     clip = next(iter(sorted((root / "AudioWAV").glob("*.wav"))))
     print(f"Try      parrot predict {clip} --model {args.output / 'model'}")

@@ -8,29 +8,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import load_encoders
+from .options import extraction, load_encoders
 
 if TYPE_CHECKING:
     import numpy as np
 
     from parrot.corpora import Corpus
+    from parrot.distributed import Group
     from parrot.encoders import Encoder
     from parrot.evaluation import CrossValidation
+    from parrot.features import Extraction
     from parrot.report import EncoderFacts, Experiment
+    from parrot.store import StoredRows
     from parrot.training import TrainingConfig
 
 MODEL_FORMAT = 1
+IN_MEMORY = 1 << 30  # bytes: larger features stay on disk while models are trained
 
 
 def run_experiment(
     corpus: Corpus, args: argparse.Namespace, config: TrainingConfig, *, synthetic: bool, started: float
 ) -> None:
     """Features, folds, training, report, model: what demo and train share."""
-    from parrot import evaluation, report
+    from parrot import distributed, evaluation, report
     from parrot.corpora.splits import assert_no_leakage_in, speaker_folds
 
     if len(args.encoders) > 2:
         raise ValueError(f"--encoders must be one or two; got {len(args.encoders)}.")
+    group = distributed.join(args.device)
     encoders = load_encoders(args.encoders, args.download, args.device)
     dims = [encoder.embedding_dim for encoder in encoders]
     systems = _systems(args.systems, dims, len(corpus.labels))
@@ -39,7 +44,7 @@ def run_experiment(
         raise ValueError(f"--final must be one of the systems trained ({', '.join(systems)}); got {final!r}.")
     speaker_folds(corpus.speakers, args.folds)  # says at once if there are too few speakers
 
-    rows, hashes, features, failures = embed_corpus(corpus, encoders, args.cache)
+    rows, hashes, features, failures = embed_corpus(corpus, encoders, args.cache, extraction(args), group)
     speakers = [corpus.speakers[row] for row in rows]
     labels = corpus.targets[rows]
     folds = speaker_folds(speakers, args.folds, args.seed)
@@ -48,17 +53,20 @@ def run_experiment(
     assert_no_leakage_in([final_fold], groups)
     results = evaluation.cross_validate(
         systems, features, labels, folds, corpus.labels, config=config, seed=args.seed, workers=args.workers,
-        store=args.output / "results", groups=groups,
+        store=args.output / "results", groups=groups, group=group, progress=group.main,
     )  # fmt: skip
     experiment = report.Experiment(
         "the spoken demo corpus" if synthetic else corpus.name, len(rows), len(set(speakers)), synthetic,
         encoder_facts(args.encoders, encoders), failures,
     )  # fmt: skip
-    path = report.write(results, args.output, experiment)
+    path = report.write(results, args.output, experiment) if group.main else None
     model = evaluation.train_final(
         final, features, labels, final_fold, corpus.labels,
         args.output / "model", {"format": MODEL_FORMAT, **_origin(experiment)}, config=config, seed=args.seed,
+        group=group,
     )  # fmt: skip
+    if not group.main:
+        return
     _print_table(results, experiment)
     total = sum(len(folds) for folds in results.systems.values())
     print(
@@ -96,20 +104,26 @@ def _systems(names: Sequence[str] | None, dims: Sequence[int], n_classes: int) -
 
 
 def embed_corpus(
-    corpus: Corpus, encoders: Sequence[Encoder], cache: Path
-) -> tuple[np.ndarray, list[str], list[np.ndarray], tuple[tuple[str, str], ...]]:
-    """The utterances that all encoders could embed, their files' hashes, their features; (file, reason) of others."""
+    corpus: Corpus, encoders: Sequence[Encoder], cache: Path, how: Extraction, group: Group | None = None
+) -> tuple[np.ndarray, list[str], list[np.ndarray | StoredRows], tuple[tuple[str, str], ...]]:
+    """The utterances that all encoders could embed, their files' hashes, their features; (file, reason) of others.
+
+    Features are in memory where they are small, else on disk.
+    """
     import numpy as np
 
     from parrot import features
 
-    tables = [features.extract(corpus, encoder, cache) for encoder in encoders]
+    progress = group is None or group.main
+    tables = [features.extract(corpus, encoder, cache, progress, how=how, group=group) for encoder in encoders]
     rows = tables[0].indices
     for table in tables[1:]:
         rows = np.intersect1d(rows, table.indices)
     failures = {str(path.name): reason for table in tables for path, reason in table.failures}
-    hashes = [tables[0].hashes[place] for place in np.searchsorted(tables[0].indices, rows)]
-    return rows, hashes, [t.values[np.searchsorted(t.indices, rows)] for t in tables], tuple(sorted(failures.items()))
+    chosen = [table.rows.select(np.searchsorted(table.indices, rows)) for table in tables]
+    hashes = [key.tobytes().hex() for key in chosen[0].keys]
+    matrices = [np.asarray(matrix) if matrix.nbytes <= IN_MEMORY else matrix for matrix in chosen]
+    return rows, hashes, matrices, tuple(sorted(failures.items()))
 
 
 def _origin(experiment: Experiment) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from .options import Subparsers, cache_options, corpus_option, load_corpus, load_encoders, new_command
+from .options import Subparsers, cache_options, corpus_option, extraction, load_corpus, load_encoders, new_command
 
 DESCRIPTION = """\
 Embed a corpus with one or more encoders and keep the embeddings in a cache, which `parrot train` reads. A file
-that can't be used is listed and the others are kept; a run that was stopped goes on where it was."""
+that can't be used is listed and the others are kept; a run that was stopped goes on where it was.
+Processes started by accelerate or torchrun share the work; on several machines they need a common cache folder."""
 
 EXAMPLES = """\
 examples:
   parrot features --corpus crema-d data/CREMA-D --encoder ssam:ssam_base.pth hubert:models/hubert-base
-  parrot features --corpus crema-d data/CREMA-D --encoder hubert:facebook/hubert-base-ls960 --download"""
+  parrot features --corpus crema-d data/CREMA-D --encoder hubert:facebook/hubert-base-ls960 --download
+  torchrun --nproc-per-node 4 -m parrot features --corpus crema-d data/CREMA-D --encoder ssam:ssam_base.pth"""
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -27,13 +29,14 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from parrot import features
+    from parrot import distributed, features
 
+    how, group = extraction(args), distributed.join(args.device)
     corpus = load_corpus(args.corpus)
     for encoder in load_encoders(args.encoder, args.download, args.device):
-        table = features.extract(corpus, encoder, args.cache)
+        table = features.extract(corpus, encoder, args.cache, progress=group.main, how=how, group=group)
         print(
-            f"{encoder.name}: {len(table.values)} of {len(corpus)} utterances, {encoder.embedding_dim} values each, "
+            f"{encoder.name}: {len(table.rows)} of {len(corpus)} utterances, {encoder.embedding_dim} values each, "
             f"{table.reused} from the cache {args.cache}"
         )
         for path, reason in table.failures:

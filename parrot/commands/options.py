@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # torch and its company take seconds to import: `parrot --help` does without them
     from parrot.corpora import Corpus
     from parrot.encoders import Encoder
+    from parrot.features import Extraction
     from parrot.training import TrainingConfig
 
 Subparsers = argparse._SubParsersAction
@@ -48,6 +49,17 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
         help="embeddings are kept here (%(default)s)",
     )
     parser.add_argument("--download", action="store_true", help="let encoders be fetched from the Hugging Face Hub")
+    parser.add_argument(
+        "--clips", type=int, default=1, metavar="N", help="clips of similar length that an encoder takes at once (1)"
+    )
+    parser.add_argument("--bf16", action="store_true", help="let encoders compute in bfloat16")
+    parser.add_argument("--compile", action="store_true", help="compile encoders with torch.compile")
+
+
+def extraction(args: argparse.Namespace) -> Extraction:
+    from parrot.features import Extraction
+
+    return Extraction(args.clips, "bf16" if args.bf16 else "fp32", args.compile)
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Subparsers, cache_options, load_corpus, load_encoders, new_command
+from .options import Subparsers, cache_options, extraction, load_corpus, load_encoders, new_command
 
 if TYPE_CHECKING:
+    from parrot.features import Extraction
     from parrot.reproduce import CorpusData, Result, Stream
 
 DESCRIPTION = """\
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     streams = _streams(named, encoders)
     reproduce.rows_of(args.table, streams)  # says at once if there is none
     corpora = [_corpus(argument) for argument in args.corpus]
-    data = [_data(corpus, streams, encoders, args.cache) for corpus in corpora]
+    data = [_data(corpus, streams, encoders, args.cache, extraction(args)) for corpus in corpora]
     result = reproduce.run(
         args.table, data, streams, args.output / "results",
         seeds=args.seeds, folds=args.folds, split=args.split, jobs=args.jobs, config=config,
@@ -112,12 +113,12 @@ def _corpus(argument: str):
     return load_corpus((name, folder))
 
 
-def _data(corpus, streams: Sequence[Stream], encoders: Sequence, cache: Path) -> CorpusData:
+def _data(corpus, streams: Sequence[Stream], encoders: Sequence, cache: Path, how: Extraction) -> CorpusData:
     from parrot.reproduce import CorpusData
 
     from .experiment import embed_corpus
 
-    rows, _, features, failures = embed_corpus(corpus, encoders, cache)
+    rows, _, features, failures = embed_corpus(corpus, encoders, cache, how)
     return CorpusData(
         corpus.name,
         {stream.name: matrix for stream, matrix in zip(streams, features, strict=True)},

@@ -21,13 +21,17 @@ DESCRIPTION = """\
 Cross-validate systems on a corpus over speaker-disjoint folds, report, and train one of them on all speakers as a
 model for `parrot predict`. The systems: fcn-K and cnn-K (encoder K alone, from 0), concat, hadamard, ot, parrot.
 Beyond the paper: parrot-unrolled (gradient through the plan), parrot-unbalanced, and parrot-reference (a prediction
-does not depend on the other clips of its batch: each clip is transported among stored training clips)."""
+does not depend on the other clips of its batch: each clip is transported among stored training clips).
+
+Processes started by accelerate or torchrun share each run: batches stay as they are, figures agree with those of one
+process up to rounding. For many short runs on one machine --workers is faster."""
 
 EXAMPLES = """\
 examples:
   parrot train --corpus crema-d data/CREMA-D --encoders ssam:ssam_base.pth hubert:models/hubert-base
   parrot train --corpus crema-d data/CREMA-D --encoders ssam-demo hubert-demo --systems concat parrot --epochs 5
-  parrot train --corpus crema-d data/CREMA-D --encoders hubert:models/hubert-base --systems fcn-0 cnn-0"""
+  parrot train --corpus crema-d data/CREMA-D --encoders hubert:models/hubert-base --systems fcn-0 cnn-0
+  torchrun --nproc-per-node 2 -m parrot train --corpus manifest all.csv --encoders ssam-demo hubert-demo"""
 
 
 def add_parser(commands: Subparsers) -> None:
