@@ -36,7 +36,7 @@ SHARD_BYTES = 256 << 20  # a shard below this is small
 MERGE = 64  # so many small shards become large ones
 FOLD = 1 << 16  # new keys that are kept in a dictionary before they are sorted into the index
 MAPPED_BYTES = 256 << 20  # resident pages of the files, about, before they are given back
-FAULT_BYTES = 64 << 10  # what the system maps around a byte that is read
+FAULT_BYTES = 2 << 20  # the most that the system maps around a byte that is read
 _SHARD_NUMBER = re.compile(r"shard-(\d+)\.")
 _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
 
@@ -171,7 +171,7 @@ class FeatureStore:
         digest = hashlib.sha256()
         for name in ("keys", "offsets", "values"):
             for part in arrays[name][2] if name in arrays else ():
-                digest.update(memoryview(np.ascontiguousarray(part)).cast("B"))
+                digest.update(_bytes(part))
         header: dict[str, Any] = {"__metadata__": {"fingerprint": self.identity, "sha256": digest.hexdigest()}}
         end = 0
         for name, (dtype, shape, _) in arrays.items():
@@ -184,7 +184,7 @@ class FeatureStore:
             yield len(text).to_bytes(8, "little") + text
             for _, _, parts in arrays.values():
                 for part in parts:
-                    yield memoryview(np.ascontiguousarray(part)).cast("B")
+                    yield _bytes(part)
 
         taken = (_SHARD_NUMBER.match(path.name) for path in self.folder.glob("shard-*"))
         number = max((int(match[1]) for match in taken if match), default=0) + 1
@@ -475,6 +475,10 @@ class StoredSequences(StoredRows):
 
 def _reopen(folder: Path, identity: str, dim: int, ragged: bool, dtype: np.dtype, keys: np.ndarray) -> StoredRows:
     return FeatureStore(folder, identity, dim, ragged=ragged, dtype=dtype, verify=False).rows(keys)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def as_keys(digests: np.ndarray | Iterable[bytes]) -> np.ndarray:

@@ -141,7 +141,7 @@ def predict(
     every ``group.size``-th batch, and all return the logits of all.
     """
     group = group or Group()
-    starts = range(0, len(features[0]), batch_size)
+    starts = range(0, max(1, len(features[0])), batch_size)
     model.eval()
     with torch.no_grad():
         own = [
