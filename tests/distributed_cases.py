@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from test_features import TinyEncoder, make_corpus
+from test_features import MaskingEncoder, TinyEncoder, make_corpus
 
 from parrot import features, model
 from parrot.corpora import Corpus
@@ -42,7 +42,7 @@ def corpus_of(folder: Path) -> Corpus:
 def embedded(folder: Path, cache: str, group: Group, how: Extraction | None = None) -> FeatureTable:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two files are bad
-        return extract(corpus_of(folder), TinyEncoder(), folder / cache, False, how=how, group=group)
+        return extract(corpus_of(folder), MaskingEncoder(), folder / cache, False, how=how, group=group)
 
 
 def extraction(folder: Path, group: Group) -> None:

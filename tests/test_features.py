@@ -22,7 +22,7 @@ from torch import nn
 
 from parrot import features, store
 from parrot.corpora import Corpus, Utterance
-from parrot.features import extract
+from parrot.features import Extraction, extract
 from parrot.store import FeatureStore
 
 RATE = 16_000
@@ -50,6 +50,19 @@ class TinyEncoder(nn.Module):
         time.sleep(self.seconds)
         self.calls += 1
         return nn.functional.conv1d(waveforms[:, None], self.weight, stride=32).tanh().mean(-1)
+
+
+class MaskingEncoder(TinyEncoder):
+    """Takes clips of different lengths at once; notes the lengths."""
+
+    maskable = True
+
+    def embed(self, waveforms: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+        lengths = lengths or [waveforms.shape[1]] * len(waveforms)
+        self.batches = [*getattr(self, "batches", []), lengths]
+        frames = nn.functional.conv1d(waveforms[:, None], self.weight, stride=32).tanh()
+        counts = [(length - 64) // 32 + 1 for length in lengths]
+        return torch.stack([row[:, :count].mean(-1) for row, count in zip(frames, counts, strict=True)])
 
 
 def make_corpus(root: Path, n: int = 12) -> Corpus:
@@ -443,3 +456,83 @@ def test_an_encoder_computes_on_the_threads_it_asks_for(corpus, cache):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_batches_are_of_similar_lengths_and_depend_on_the_corpus_alone(corpus, cache):
+    paths = [u.path for u in corpus.utterances]
+    paths[0].write_bytes(paths[11].read_bytes())
+    encoder, how = MaskingEncoder(), Extraction(clips=5)
+    table = extract(corpus, encoder, cache, progress=False, how=how)
+    assert encoder.batches == [[807, 814, 821, 828, 835], [842, 849, 856, 863, 870], [877, 877]]
+    np.testing.assert_allclose(table.values, direct(corpus), atol=1e-6)
+    np.testing.assert_array_equal(table.indices, np.arange(12))
+    again = MaskingEncoder()
+    assert extract(corpus, again, cache, progress=False, how=how).reused == 12
+    assert not hasattr(again, "batches")
+    soundfile.write(paths[3], 0.1 * np.ones(830), RATE, "PCM_16")  # its whole batch is computed again, and it kept
+    changed = extract(corpus, again, cache, progress=False, how=how)
+    assert [len(batch) for batch in again.batches] == [5]
+    np.testing.assert_array_equal(np.delete(changed.values, 3, 0), np.delete(table.values, 3, 0))
+
+
+def test_without_masking_only_equal_lengths_go_together(corpus, cache):
+    class Noting(TinyEncoder):
+        shapes = ()
+
+        def embed(self, waveforms):
+            self.shapes = (*self.shapes, tuple(waveforms.shape))
+            return torch.cat([super(Noting, self).embed(clip[None]) for clip in waveforms])
+
+    paths = [u.path for u in corpus.utterances]
+    soundfile.write(paths[0], 0.1 * np.random.default_rng(5).standard_normal(807), RATE, "PCM_16")
+    encoder = Noting()
+    table = extract(corpus, encoder, cache, progress=False, how=Extraction(clips=3))
+    assert encoder.shapes[:3] == ((2, 807), (1, 814), (1, 821))
+    np.testing.assert_array_equal(table.values, direct(corpus))
+
+
+def test_one_bad_clip_does_not_lose_its_batch(corpus, cache):
+    class Picky(MaskingEncoder):
+        def embed(self, waveforms, lengths=None):
+            if 807 in (lengths or [waveforms.shape[1]]):
+                raise RuntimeError("no room")
+            return super().embed(waveforms, lengths)
+
+    with pytest.warns(UserWarning, match="1 of 12"):
+        table = extract(corpus, Picky(), cache, progress=False, how=Extraction(clips=4))
+    assert [(path.name, reason) for path, reason in table.failures] == [("001.wav", "encoder tiny failed: no room")]
+    np.testing.assert_allclose(table.values, np.delete(direct(corpus), 1, 0), atol=1e-6)
+
+
+def test_ways_of_extraction_have_places_of_their_own(corpus, cache):
+    exact = run(corpus, cache).values
+    how = Extraction(precision="bf16")
+    table = extract(corpus, TinyEncoder(), cache, progress=False, how=how)
+    assert table.reused == 0
+    assert table.values.dtype == np.float32
+    assert (table.values != exact).any()
+    np.testing.assert_allclose(table.values, exact, atol=2e-2)
+    assert run(corpus, cache).values.tobytes() == exact.tobytes()
+    suffixes = [
+        Extraction(*options).suffix for options in ((), (8,), (1, "bf16"), (1, "fp32", True), (8, "bf16", True))
+    ]
+    assert suffixes == ["", "-8-clips", "-bf16", "-compiled", "-8-clips-bf16-compiled"]
+
+
+def test_a_compiled_encoder_gives_what_the_plain_one_gives(corpus, cache, monkeypatch):
+    compiled = []
+
+    def fake(function, dynamic):
+        compiled.append(dynamic)
+        return function
+
+    monkeypatch.setattr(torch, "compile", fake)  # what inductor makes of an encoder is measured, not tested
+    table = extract(corpus, TinyEncoder(), cache, progress=False, how=Extraction(compile=True))
+    assert compiled == [True]
+    np.testing.assert_array_equal(table.values, direct(corpus))
+
+
+@pytest.mark.parametrize("options", [{"clips": 0}, {"clips": 1.5}, {"precision": "fp16"}])
+def test_ways_that_there_are_not(options):
+    with pytest.raises(ValueError, match="Extraction: `"):
+        Extraction(**options)
