@@ -141,7 +141,10 @@ MUTANTS = [
         sign=("tile = 1.0 - (tile / spread(norm_x, True))", "tile = 1.0 + (tile / spread(norm_x, True))"),
         edge=("mask = spread(valid_i, True) & spread(columns < m, False)",
               "mask = spread(valid_i, True) & spread(columns < m - 1, False)"),
-        mask=("return tl.where(valid, tl.exp2(potential - offset), 0.0)", "return tl.exp2(potential - offset)"),
+    ),
+    *of(
+        "parrot_kernels/triton_kernels/sinkhorn_hadamard.py", "sinkhorn_triton",
+        mask=('c = tl.where(valid, c / divisor / unit, float("inf"))', "c = c / divisor / unit"),
     ),
     *of(
         "parrot_kernels/triton_kernels/sinkhorn_resident_adjoint.py", "sinkhorn_triton_backward",
