@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parrot.model import Parrot, ParrotConfig, SingleEncoderClassifier
+    from parrot.model import Parrot, ParrotConfig, SingleEncoderClassifier, from_pretrained
 
-__all__ = ["Parrot", "ParrotConfig", "SingleEncoderClassifier"]
+__all__ = ["Parrot", "ParrotConfig", "SingleEncoderClassifier", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,13 +24,12 @@ from torch import nn
 from parrot.corpora.splits import Fold, assert_no_leakage_in
 from parrot.distributed import Group
 from parrot.files import write_atomically
+from parrot.sharing import Shareable
 from parrot.store import StoredRows
 from parrot.training import (
     TrainingConfig,
     TrainingResult,
-    load_checkpoint,
     reproducible,
-    save_checkpoint,
     train,
 )
 from parrot.workers import run_all, usable_cores
@@ -301,12 +300,12 @@ def train_final(
     build: Build | None = None,
     group: Group | None = None,
 ) -> Path:
-    """Train one system on ``fold`` and save it as a checkpoint; one that the same call made is left as it is.
+    """Train one system on ``fold`` and save it (``save_pretrained``); what the same call saved is left as it is.
 
     Args:
         system, features, labels, label_names, config, seed, build, group: as in :func:`cross_validate`.
         fold: see :func:`final_fold`.
-        folder: of the checkpoint.
+        folder: of the model.
         description: what a user of the model must know beside the system, its widths and its labels.
     """
     if build is None:
@@ -323,11 +322,14 @@ def train_final(
     }
     found: dict[str, Any] = {}
     with contextlib.suppress(ValueError):  # none yet, or a broken one
-        found = load_checkpoint(folder)[1]
-    if group.of_main({**found, "weights_sha256": None} == {**description, "weights_sha256": None}):
+        found = Shareable.from_pretrained(folder).description
+    if group.of_main(found == description):
         return Path(folder)
     model, _ = task.fit(system, 0, group)
-    return save_checkpoint(folder, model, description) if group.main else Path(folder)
+    if group.main:
+        model.description = description
+        model.save_pretrained(folder)
+    return Path(folder)
 
 
 def _path(store: Path, system: str, fold: int, keys: dict[tuple[str, int], str]) -> Path:

@@ -8,12 +8,15 @@ over T first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parrot.fusion import FUSIONS, build_fusion
+from parrot.sharing import Shareable
 
 HEADS = ("fcn", "cnn")
 TRANSPORTS = ("batch", "reference")
@@ -105,7 +108,7 @@ class Classifier(nn.Sequential):
         )
 
 
-class Parrot(nn.Module):
+class Parrot(Shareable, nn.Module):
     """Two encoders' embeddings, each convolved and projected, fused, classified.
 
     With x, y (B, projection) the projected streams and P the entropic plan between the rows of the mini-batch
@@ -127,7 +130,7 @@ class Parrot(nn.Module):
         config = config or ParrotConfig.paper()
         if len(dims) != 2:
             raise ValueError(f"Parrot: `dims` must be the embedding widths of two encoders; got {list(dims)}.")
-        self.config, self.dims = config, tuple(dims)
+        self.config, self.dims, self.n_classes = config, tuple(dims), n_classes
         cnns = [EmbeddingCNN(dim, config.filters) for dim in dims]
         self.streams = nn.ModuleList(nn.Sequential(cnn, nn.Linear(cnn.width, config.projection)) for cnn in cnns)
         self.fusion = build_fusion(
@@ -143,6 +146,14 @@ class Parrot(nn.Module):
     def row_modules(self) -> tuple[nn.Module, ...]:
         """What works row by row, before the rows of a batch meet."""
         return tuple(self.streams)
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether, in evaluation, a row's logits depend on the other rows of its batch."""
+        return self.fusion.solves_transport and self.config.transport == "batch"
+
+    def arguments(self) -> dict[str, Any]:
+        return {"dims": list(self.dims), "n_classes": self.n_classes, "config": asdict(self.config)}
 
     def project(self, *features: Tensor) -> list[Tensor]:
         """Each stream (B, d_k) or (B, T, d_k) projected to (B, projection)."""
@@ -205,7 +216,7 @@ class Parrot(nn.Module):
         ]
 
 
-class SingleEncoderClassifier(nn.Module):
+class SingleEncoderClassifier(Shareable, nn.Module):
     """The single-encoder baselines: a classifier on one embedding ("fcn") or on its convolved form ("cnn").
 
     Args:
@@ -223,7 +234,7 @@ class SingleEncoderClassifier(nn.Module):
         config = config or ParrotConfig.paper()
         if head not in HEADS:
             raise ValueError(f"SingleEncoderClassifier: `head` must be one of {', '.join(HEADS)}; got {head!r}.")
-        self.dim, self.encoder = dim, encoder
+        self.dim, self.n_classes, self.head, self.encoder, self.config = dim, n_classes, head, encoder, config
         self.stem = EmbeddingCNN(dim, config.filters) if head == "cnn" else nn.Identity()
         self.classifier = Classifier(self.stem.width if head == "cnn" else dim, n_classes, config)
 
@@ -231,6 +242,17 @@ class SingleEncoderClassifier(nn.Module):
     def row_modules(self) -> tuple[nn.Module, ...]:
         """What works row by row, before dropout."""
         return (self.stem,)
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether a row's logits depend on the other rows of its batch: never."""
+        return False
+
+    def arguments(self) -> dict[str, Any]:
+        config = asdict(self.config)
+        return {
+            "dim": self.dim, "n_classes": self.n_classes, "head": self.head, "encoder": self.encoder, "config": config
+        }  # fmt: skip
 
     def forward(self, *features: Tensor) -> Tensor:
         """Logits (B, n_classes) of the encoder's (B, dim) or (B, T, dim) tensor, alone or among all encoders'."""
@@ -265,6 +287,11 @@ def build(name: str, dims: Sequence[int], n_classes: int) -> nn.Module:
             f"{len(dims)} given; got {name!r}."
         )
     return SingleEncoderClassifier(dims[int(number)], n_classes, head, encoder=int(number))
+
+
+def from_pretrained(folder_or_id: str | Path, *, download: bool = False, **options: Any) -> Any:
+    """A saved model of whichever class, see :meth:`parrot.sharing.Shareable.from_pretrained`."""
+    return Shareable.from_pretrained(folder_or_id, download=download, **options)
 
 
 def _pooled(model: str, index: int, x: Tensor, dim: int) -> Tensor:

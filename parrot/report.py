@@ -36,13 +36,18 @@ TRANSPORTS = ("parrot", "ot", "parrot-unrolled", "parrot-unbalanced")  # systems
 
 @dataclass(frozen=True)
 class EncoderFacts:
-    """One encoder of an experiment; ``random``: its weights are random, not pretrained."""
+    """One encoder of an experiment, as :class:`parrot.encoders.Encoder` has it.
+
+    ``random``: its weights are random, not pretrained.
+    """
 
     spec: str
     name: str
     embedding_dim: int
     fingerprint: str
     random: bool
+    sample_rate: int = 16000
+    normalisation: str = "as decoded"
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parrot.distributed import Group
-from parrot.files import write_atomically
 from parrot.store import StoredRows
 
 if TYPE_CHECKING:
@@ -343,40 +339,3 @@ def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> No
                     f"train: row {row} is in `fold.{seen[row]}` and in `fold.{part}`. Parts must be disjoint."
                 )
             seen[row] = part
-
-
-def save_checkpoint(folder: str | Path, model: nn.Module, description: dict[str, Any]) -> Path:
-    """Write ``folder/model.safetensors``, then ``folder/model.json`` (``description`` and the weights' hash)."""
-    from safetensors.torch import save
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    document = {**description, "weights_sha256": hashlib.sha256(weights).hexdigest()}
-    write_atomically(folder / "model.safetensors", weights)
-    write_atomically(folder / "model.json", (json.dumps(document, indent=2) + "\n").encode())
-    return folder
-
-
-def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights and the description that ``save_checkpoint`` wrote.
-
-    Raises:
-        ValueError: if the folder holds no model, or weights and description do not belong together.
-    """
-    from safetensors.torch import load
-
-    folder = Path(folder)
-    try:
-        description = json.loads((folder / "model.json").read_text())
-        weights = (folder / "model.safetensors").read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"load_checkpoint: {folder} must hold model.json and model.safetensors; {Path(error.filename).name} "
-            "is missing. Name the folder that `parrot train` or `parrot demo` wrote."
-        ) from error
-    if hashlib.sha256(weights).hexdigest() != description.get("weights_sha256"):
-        raise ValueError(
-            f"load_checkpoint: the weights in {folder} are not those its model.json describes. Train again."
-        )
-    return load(weights), description

@@ -51,7 +51,7 @@ def test_demo_trains_every_system_and_reports(demo):
 
 
 def test_a_second_demo_reuses_everything_and_shows_the_same_figures(demo, capsys):
-    before = {name: (demo / name).read_bytes() for name in ("report.json", "report.md", "model/model.json")}
+    before = {name: (demo / name).read_bytes() for name in ("report.json", "report.md", "model/config.json")}
     assert main(["demo", "--output", str(demo), *DEMO]) == 0
     out = capsys.readouterr().out
     assert "Trained  0 runs, reused 40" in out
@@ -145,7 +145,7 @@ def test_features_and_train_leave_a_bad_file_out(demo, tmp_path, capsys):
         (["demo", "--device", "abacus"], "`device` must be auto, cpu or cuda; got 'abacus'"),
         (["train", "--corpus", "nope", "x", "--encoders", "ssam-demo"], "name must be one of crema-d, emo-db"),
         (["train", "--corpus", "crema-d", "/nowhere", "--encoders", "ssam-demo"], "/nowhere"),
-        (["predict", "a.wav", "--model", "/nowhere"], "model.json is missing"),
+        (["predict", "a.wav", "--model", "/nowhere"], "is no folder"),
     ],
 )
 def test_an_error_is_one_clear_message(argv, message, tmp_path, capsys):
@@ -171,7 +171,7 @@ def test_bad_choices_are_found_before_the_work(demo, tmp_path, capsys):
 
 
 def test_debug_shows_where(demo):
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(ValueError, match="is no folder"):
         main(["predict", "a.wav", "--model", str(demo / "nothing"), "--debug"])
 
 

@@ -17,19 +17,28 @@ from torch import nn
 
 from parrot import evaluation
 from parrot.evaluation import cross_validate, final_fold, metrics, train_final
-from parrot.training import TrainingConfig, load_checkpoint
+from parrot.sharing import CONFIG, Shareable
+from parrot.training import TrainingConfig
 from parrot.workers import run_all
 
 QUICK = TrainingConfig(epochs=3, device="cpu")
 NAMES = ("anger", "neutral", "sad")
 
 
-class Net(nn.Module):
+class Net(Shareable, nn.Module):
     def __init__(self, width, dims, n_classes):
         super().__init__()
+        self.given = {"width": width, "dims": list(dims), "n_classes": n_classes}
         self.hidden = nn.Linear(sum(dims), width)
         self.dropout = nn.Dropout(0.3)
         self.out = nn.Linear(width, n_classes)
+
+    def arguments(self):
+        return self.given
+
+    @classmethod
+    def build(cls, arguments):
+        return cls(**arguments)
 
     def forward(self, *features):
         return self.out(self.dropout(torch.relu(self.hidden(torch.cat(features, dim=1)))))
@@ -235,17 +244,16 @@ def test_final_model_is_kept_until_something_changes(data, tmp_path):
         return (tmp_path / "model.safetensors").stat().st_ino
 
     first = save()
-    weights, description = load_checkpoint(tmp_path)
+    description = Net.from_pretrained(tmp_path).description
     assert description["system"] == "small"
     assert description["labels"] == list(NAMES)
     assert description["dims"] == [5, 4]
     assert (description["corpus"], description["batch_size"]) == ("c", 32)
-    build("small", [5, 4], 3).load_state_dict(weights)
     assert save() == first
     assert save(seed=1) != first
-    (tmp_path / "model.json").unlink()
+    (tmp_path / CONFIG).unlink()
     save()
-    assert load_checkpoint(tmp_path)[1] == description
+    assert Net.from_pretrained(tmp_path).description == description
 
 
 def test_workers_end_with_a_killed_parent():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -15,9 +14,7 @@ from parrot.model import build
 from parrot.training import (
     TrainingConfig,
     batch_sensitivity,
-    load_checkpoint,
     predict,
-    save_checkpoint,
     train,
 )
 
@@ -237,27 +234,6 @@ def test_a_diverged_run_says_so():
     nn.init.constant_(model.out.bias, math.nan)
     with pytest.raises(RuntimeError, match="validation loss is nan after epoch 1"):
         train(model, features, labels, make_fold())
-
-
-def test_checkpoint_round_trip(tmp_path):
-    model = make_model()
-    folder = save_checkpoint(tmp_path / "new" / "model", model, {"system": "two", "labels": ["a", "b"]})
-    weights, description = load_checkpoint(folder)
-    assert description["system"] == "two"
-    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
-    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"]
-
-
-def test_checkpoint_refuses_what_does_not_belong_together(tmp_path):
-    folder = save_checkpoint(tmp_path, make_model(), {})
-    document = json.loads((folder / "model.json").read_text())
-    document["weights_sha256"] = "0" * 64
-    (folder / "model.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="not those its"):
-        load_checkpoint(folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
-        load_checkpoint(folder)
 
 
 def test_the_reference_set_is_of_training_rows_and_frees_from_the_batch():

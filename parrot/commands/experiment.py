@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from parrot.store import StoredRows
     from parrot.training import TrainingConfig
 
-MODEL_FORMAT = 1
 IN_MEMORY = 1 << 30  # bytes: larger features stay on disk while models are trained
 
 
@@ -30,8 +29,10 @@ def run_experiment(
     corpus: Corpus, args: argparse.Namespace, config: TrainingConfig, *, synthetic: bool, started: float
 ) -> None:
     """Features, folds, training, report, model: what demo and train share."""
-    from parrot import distributed, evaluation, report
+    from parrot import distributed, evaluation, report, sharing
+    from parrot.card import run_card
     from parrot.corpora.splits import assert_no_leakage_in, speaker_folds
+    from parrot.files import write_atomically
 
     if len(args.encoders) > 2:
         raise ValueError(f"--encoders must be one or two; got {len(args.encoders)}.")
@@ -62,11 +63,12 @@ def run_experiment(
     path = report.write(results, args.output, experiment) if group.main else None
     model = evaluation.train_final(
         final, features, labels, final_fold, corpus.labels,
-        args.output / "model", {"format": MODEL_FORMAT, **_origin(experiment)}, config=config, seed=args.seed,
-        group=group,
+        args.output / "model", _origin(experiment), config=config, seed=args.seed, group=group,
     )  # fmt: skip
     if not group.main:
         return
+    card = run_card(sharing.read_config(model)["description"], results, experiment)
+    write_atomically(model / sharing.CARD, card.encode())
     _print_table(results, experiment)
     total = sum(len(folds) for folds in results.systems.values())
     print(
@@ -84,7 +86,15 @@ def encoder_facts(specs: Sequence[str], encoders: Sequence[Encoder]) -> tuple[En
     from parrot.report import EncoderFacts
 
     return tuple(
-        EncoderFacts(spec, encoder.name, encoder.embedding_dim, encoder.fingerprint, random=_is_random(spec))
+        EncoderFacts(
+            spec,
+            encoder.name,
+            encoder.embedding_dim,
+            encoder.fingerprint,
+            random=_is_random(spec),
+            sample_rate=encoder.sample_rate,
+            normalisation=encoder.normalisation,
+        )
         for spec, encoder in zip(specs, encoders, strict=True)
     )
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .experiment import MODEL_FORMAT
 from .options import Subparsers, load_encoders, new_command
 
 if TYPE_CHECKING:
@@ -49,16 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
     from parrot import report, training
     from parrot.corpora.audio import AudioError, load_waveform
-    from parrot.model import build
+    from parrot.model import from_pretrained
 
-    weights, description = training.load_checkpoint(args.model)
-    if description.get("format") != MODEL_FORMAT:
-        raise ValueError(
-            f"{args.model} holds a model of format {description.get('format')!r}; this version reads {MODEL_FORMAT}. "
-            "Train it again."
-        )
-    model = build(description["system"], description["dims"], len(description["labels"]))
-    model.load_state_dict(weights)
+    model = from_pretrained(args.model)
+    description = model.description
     encoders = _model_encoders(args, description["encoders"])
 
     embedded: list[list[np.ndarray]] = []
