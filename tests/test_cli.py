@@ -63,6 +63,27 @@ def test_a_second_demo_reuses_everything_and_shows_the_same_figures(demo, capsys
         assert (demo / name).read_bytes() == content, name
 
 
+def test_the_model_has_a_card_of_its_run(demo):
+    from huggingface_hub import ModelCard
+
+    text = (demo / "model" / "README.md").read_text()
+    report = json.loads((demo / "report.json").read_text())
+    header = ModelCard(text).data
+    assert (header.library_name, header.pipeline_tag) == ("parrot-kernels", "audio-classification")
+    wa = report["systems"]["parrot"]["metrics"]["wa"]
+    scores = {score.metric_type: score for score in header.eval_results}
+    assert scores["accuracy"].metric_value == pytest.approx(wa["mean"], abs=1e-4)
+    assert scores["accuracy"].dataset_name == "the spoken demo corpus"
+    assert f"| **PARROT** | {100 * wa['mean']:.1f} ± {100 * wa['std']:.1f} |" in text
+    assert "60 utterances of 5 speakers" in text
+    assert "5 speaker-disjoint folds" in text
+    assert "Labels: anger, disgust, fear, happy, neutral, sad." in text
+    assert "**Predictions depend on the batch.**" in text
+    assert "**The corpus is synthetic.**" in text
+    for encoder in report["experiment"]["encoders"]:
+        assert f"`{encoder['fingerprint'][:16]}`" in text
+
+
 def test_predict_tells_what_a_batch_does(demo, clips, capsys):
     assert main(["predict", clips[0], "--model", str(demo / "model")]) == 0
     out = capsys.readouterr().out
