@@ -149,11 +149,11 @@ def test_workers_and_store_do_not_change_the_figures(data, tmp_path):
 def test_finished_runs_survive_a_failure(data, tmp_path, monkeypatch):
     fit, calls = evaluation.Task.fit, []
 
-    def interrupted(task, system, fold):
+    def interrupted(task, system, fold, group):
         calls.append((system, fold))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return fit(task, system, fold)
+        return fit(task, system, fold, group)
 
     monkeypatch.setattr(evaluation.Task, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
