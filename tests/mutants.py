@@ -150,7 +150,10 @@ MUTANTS = [
         "parrot_kernels/triton_kernels/sinkhorn_resident_adjoint.py", "sinkhorn_triton_backward",
         sign=("dF -= h * sum_tile(part, True)", "dF += h * sum_tile(part, True)"),
         edge=("known_j = j < tl.where(steps > 0, m, 0)", "known_j = j < tl.where(steps > 1, m, 0)"),
-        mask=("w = tl.where(valid_j, 1.0, 0.0)", "w = tl.zeros_like(beta) + 1.0"),
+    ),
+    *of(
+        "parrot_kernels/triton_kernels/sinkhorn_hadamard_backward.py", "sinkhorn_triton_backward",
+        mask=('c = tl.where(valid, c / divisor / unit, float("inf"))', "c = c / divisor / unit"),
     ),
     *of(
         "parrot_kernels/triton_kernels/sinkhorn_tiles.py", "sinkhorn_streaming",
