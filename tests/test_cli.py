@@ -86,30 +86,12 @@ def test_the_model_has_a_card_of_its_run(demo):
 
 def test_predict_tells_what_a_batch_does(demo, clips, capsys):
     assert main(["predict", clips[0], "--model", str(demo / "model")]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "1001_IEO_ANG_HI.wav" in out
-    assert "One clip alone is a batch of one" in out
+    assert "One clip alone is a batch of one" in err
     assert "expect nothing of it on real speech" in out
     assert main(["predict", *clips[:3], "--model", str(demo / "model")]) == 0
-    assert "Transport joins the clips of a batch (here 3)" in capsys.readouterr().out
-
-
-def test_predict_json(demo, clips, capsys):
-    def answers(files):
-        assert main(["predict", *files, "--model", str(demo / "model"), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    document = answers(clips)
-    assert document["system"] == "parrot"
-    assert document["batch_dependent"]
-    for clip, answer in zip(clips, document["answers"], strict=True):
-        assert answer["file"] == clip
-        shares = answer["probabilities"]
-        assert sum(shares.values()) == pytest.approx(1.0)
-        assert answer["emotion"] == max(shares, key=shares.get)
-        assert list(shares) == ["anger", "disgust", "fear", "happy", "neutral", "sad"]
-    assert answers(clips) == document
-    assert answers(clips[:1])["answers"][0]["probabilities"] != document["answers"][0]["probabilities"]
+    assert "Transport joins the clips of a batch (here 3)" in capsys.readouterr().err
 
 
 def test_predict_answers_what_it_can_and_names_the_rest(demo, clips, tmp_path, capsys):
@@ -152,7 +134,7 @@ def test_features_and_train_leave_a_bad_file_out(demo, tmp_path, capsys):
     assert document["experiment"]["failures"][0][0] == bad.name
     clip = str(corpus / "AudioWAV" / "1003_IEO_SAD_LO.wav")
     assert main(["predict", clip, "--model", str(tmp_path / "run" / "model")]) == 0
-    assert "batch" not in capsys.readouterr().out  # a single encoder does not depend on it
+    assert "batch" not in "".join(capsys.readouterr())  # a single encoder does not depend on it
 
 
 @pytest.mark.parametrize(

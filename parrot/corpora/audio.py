@@ -75,8 +75,7 @@ def decode_waveform(data: bytes, path: str | os.PathLike, sample_rate: int, min_
         raise AudioError(path, "holds values that are not finite", "not finite")
     if not samples.any():
         raise AudioError(path, f"silent: all {samples.size} samples are zero", "silent")
-    if rate != sample_rate:
-        samples = _resample(samples, rate, sample_rate)
+    samples = resample(samples, rate, sample_rate)
     if samples.size < min_samples:
         raise AudioError(
             path, f"too short: {samples.size} samples at {sample_rate} Hz, wanted at least {min_samples}", "too short"
@@ -98,7 +97,10 @@ def _missing_wav_bytes(data: bytes) -> int:
     return 0
 
 
-def _resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """Samples (n,) float32 at another rate; the same array where the rates are equal."""
+    if rate == wanted:
+        return samples
     from scipy.signal import resample_poly
 
     divisor = math.gcd(rate, wanted)
