@@ -9,11 +9,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from parrot.commands import bench, convert, corpora, demo, features, info, predict, reproduce, train
+from parrot.commands import bench, convert, corpora, demo, features, info, predict, reproduce, serve, train
 from parrot.workers import launched
 
 SHARED = ("features", "train")  # what the processes of a launcher can do together
-COMMANDS = (demo, corpora, features, train, reproduce, predict, convert, info, bench)
+COMMANDS = (demo, corpora, features, train, reproduce, predict, serve, convert, info, bench)
 
 DESCRIPTION = """\
 Speech emotion recognition with two encoders, fused by optimal transport and products (PARROT,

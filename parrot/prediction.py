@@ -122,6 +122,21 @@ class Predictor:
         logits = training.predict(self.model, self.features(clips), size)
         return torch.from_numpy(logits).double().softmax(1).numpy()
 
+    @torch.inference_mode()
+    def plan(self, clips: Sequence[Clip]) -> np.ndarray | None:
+        """The transport plan that the first clip is answered with; None for a system without transport.
+
+        (clips, clips) where predictions depend on the batch, else (points, points): the clip first, then the
+        reference set.
+        """
+        if not hasattr(self.model, "plan"):
+            return None
+        rows = self.features(clips if self.batch_dependent else clips[:1])
+        plan = self.model.plan(*map(torch.from_numpy, rows))
+        if plan is None:
+            return None
+        return (plan[0] if plan.dim() == 3 else plan).double().numpy()
+
     def answer(self, probabilities: np.ndarray) -> Answer:
         """The label and the probabilities of one clip."""
         return {

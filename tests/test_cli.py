@@ -187,7 +187,7 @@ def test_interruption_is_no_error(monkeypatch, capsys):
     assert "run the command again to go on" in capsys.readouterr().err
 
 
-COMMANDS = ["demo", "features", "train", "reproduce", "predict", "convert", "info", "bench"]
+COMMANDS = ["demo", "features", "train", "reproduce", "predict", "serve", "convert", "info", "bench"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
