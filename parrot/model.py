@@ -125,6 +125,8 @@ class Parrot(Shareable, nn.Module):
         ValueError: not two encoders, or an embedding narrower than 4.
     """
 
+    reference_is_set: Tensor
+
     def __init__(self, dims: Sequence[int], n_classes: int, config: ParrotConfig | None = None) -> None:
         super().__init__()
         config = config or ParrotConfig.paper()
@@ -236,7 +238,8 @@ class SingleEncoderClassifier(Shareable, nn.Module):
             raise ValueError(f"SingleEncoderClassifier: `head` must be one of {', '.join(HEADS)}; got {head!r}.")
         self.dim, self.n_classes, self.head, self.encoder, self.config = dim, n_classes, head, encoder, config
         self.stem = EmbeddingCNN(dim, config.filters) if head == "cnn" else nn.Identity()
-        self.classifier = Classifier(self.stem.width if head == "cnn" else dim, n_classes, config)
+        width = self.stem.width if isinstance(self.stem, EmbeddingCNN) else dim
+        self.classifier = Classifier(width, n_classes, config)
 
     @property
     def row_modules(self) -> tuple[nn.Module, ...]:

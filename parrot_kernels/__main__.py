@@ -39,7 +39,7 @@ def facts() -> list[tuple[str, str]]:
         why = "torch is a CPU build" if torch.version.cuda is None else "no driver or no device is visible to torch"
         rows.append(("cuda", f"none: {why}"))
     info = native.build_info()
-    if (why := native.why_missing()) is None:
+    if (missing := native.why_missing()) is None:
         module = native.extension()
         rows.append(
             (
@@ -57,7 +57,7 @@ def facts() -> list[tuple[str, str]]:
         else:
             rows.append(("  CUDA kernels", f"none: {info.get('cuda_reason', 'built without CUDA')}"))
     else:
-        rows.append(("extension", f"none: {why}"))
+        rows.append(("extension", f"none: {missing}"))
     for variable in ("TRITON_INTERPRET", "PARROT_CPU_ISA", "OMP_NUM_THREADS"):
         if variable in os.environ:
             rows.append((f"${variable}", os.environ[variable]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def error(
@@ -21,6 +23,11 @@ def error(
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which states and potentials are kept: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    """``tensor`` in this dtype; itself where it has it already, or is None."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def tensor(
@@ -65,11 +72,10 @@ def _fits(value: Tensor, shape: Sequence[int | str], sizes: dict[str, int]) -> b
     """Whether ``value`` has this shape; if so, stores the dimensions met for the first time in ``sizes``."""
     if len(value.shape) != len(shape):
         return False
-    found = {}
+    found: dict[str, int] = {}
     for wanted, got in zip(shape, value.shape, strict=True):
-        if isinstance(wanted, str):
-            wanted = sizes.get(wanted, found.setdefault(wanted, got))
-        if wanted != got:
+        size = sizes.get(wanted, found.setdefault(wanted, got)) if isinstance(wanted, str) else wanted
+        if size != got:
             return False
     sizes.update(found)
     return True

@@ -38,16 +38,15 @@ def causal_conv1d_fn(
         final_states_out: (batch, dim, width - 1), written to and returned as the final states.
         activation: None, "silu" or "swish".
     """
-    out = ops.causal_conv1d(
+    out, final_states = ops.causal_conv1d(
         x,
         weight,
         bias,
         activation,
         seq_idx=seq_idx,
         initial_state=initial_states,
-        return_final_state=return_final_states,
+        return_final_state=True,
     )
-    out, final_states = out if return_final_states else (out, None)
     if seq_idx is not None:
         out = out.masked_fill((seq_idx < 0).unsqueeze(1), 0)
     if not return_final_states:

@@ -113,4 +113,4 @@ def _create(package: str) -> None:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
-    sys.modules[package].__version__ = f"{version}+parrot.kernels"
+    vars(sys.modules[package])["__version__"] = f"{version}+parrot.kernels"

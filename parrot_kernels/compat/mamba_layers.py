@@ -76,6 +76,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
 
     def forward(
@@ -146,13 +147,15 @@ class Mamba(modules.Mamba):
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((d_model,), init_layer_scale, device=device, dtype=dtype))
 
-    def forward(self, hidden_states: Tensor, inference_params: Any | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, inference_params: Any | None = None
+    ) -> Tensor:
         """(batch, seqlen, d_model) to the same; ``inference_params`` as in `parrot_kernels.modules.Mamba`."""
         if self.bimamba_type == "none":
             return super().forward(hidden_states, inference_params)
         if inference_params is not None:
             raise _not_causal("inference_params")
-        return modules.BiMamba.forward(self, hidden_states)  # this class has its parameters
+        return modules.BiMamba.forward(self, hidden_states)  # type: ignore[arg-type]  # it has its parameters
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As in `parrot_kernels.modules.Mamba`."""

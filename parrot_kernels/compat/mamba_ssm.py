@@ -50,10 +50,8 @@ def selective_scan_fn(
         return_last_state: return (out, last_state), the latter (batch, dim, dstate) in fp32 (fp64 for fp64).
         prev_state: (batch, dim, dstate), the last state of the piece of the sequence before.
     """
-    if A.is_complex():
-        out, last_state = complex_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, prev_state)
-    else:
-        out, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state=prev_state)
+    scan = complex_scan if A.is_complex() else _scan
+    out, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, prev_state)
     return (out, last_state) if return_last_state else out
 
 
@@ -112,8 +110,8 @@ def selective_state_update(
     """
     batch, dtype = x.shape[0], _common_dtype(x, dt, B, C, z)
 
-    def channels(t: Tensor | None) -> Tensor | None:  # heads and channels are one dimension of ours
-        return None if t is None else t.reshape(batch, -1).to(dtype)
+    def channels(t: Tensor) -> Tensor:  # heads and channels are one dimension of ours
+        return t.reshape(batch, -1).to(dtype)
 
     flat = state if state.dim() == 3 else state.flatten(1, 2)
     out = update(
@@ -124,7 +122,7 @@ def selective_state_update(
         B.to(dtype),
         C.to(dtype),
         None if D is None else D.reshape(-1),
-        channels(z),
+        None if z is None else channels(z),
         None if dt_bias is None else dt_bias.reshape(-1),
         dt_softplus,
         state_indices=state_batch_indices,
@@ -224,7 +222,8 @@ def mamba_inner_fn(
         C_proj_bias,
         *norms,
     )
-    y = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    scan = complex_scan if A.is_complex() else _scan
+    y, _ = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None)
     return _out_projection(y, out_proj_weight, out_proj_bias)
 
 
@@ -284,7 +283,8 @@ def mamba_inner_fn_no_out_proj(
     u, delta, z, B, C = _inner_inputs(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )
-    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    scan = complex_scan if A.is_complex() else _scan
+    return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None)[0]
 
 
 def bimamba_inner_fn(
@@ -325,8 +325,8 @@ def _scan(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-    reverse: bool = False,
     initial_state: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op for activations of mixed dtypes, as autocast makes them: run in the widest, out in that of u."""
     per_step = [u, delta, z, *(m for m in (B, C) if m.dim() > 2)]

@@ -44,7 +44,8 @@ def enable() -> None:
     modules = [importlib.import_module(f"transformers.models.{model}.modeling_{model}") for model in MIXERS]
     for modeling, mixer_name in zip(modules, MIXERS.values(), strict=True):
         if hasattr(modeling, "mamba_selective_scan"):
-            functions, forward = _FUNCTIONS, _inference_in_pieces
+            functions: dict[str, Any] = _FUNCTIONS
+            forward = _inference_in_pieces
         else:
             functions = _KERNELS | {
                 "is_fast_path_available": True,
@@ -107,7 +108,7 @@ def _convolution_step(
     return _activated(causal_conv1d.causal_conv1d_update, activation, x, conv_state, weight, bias)
 
 
-def _activated(convolve: Callable[..., Tensor], activation: str | None, *arguments: Any) -> Tensor:
+def _activated(convolve: Callable[..., Any], activation: str | None, *arguments: Any) -> Tensor:
     if activation in (None, "silu", "swish"):
         return convolve(*arguments, activation=activation)
     from transformers.activations import ACT2FN
@@ -209,7 +210,7 @@ _KERNELS = {
 
 def _lazy_load_kernel(modeling: ModuleType) -> Callable[..., Any]:
     """transformers 5.0 - 5.15 look the kernels up again whenever a mixer is made."""
-    original = getattr(modeling, "lazy_load_kernel", None)
+    original: Any = getattr(modeling, "lazy_load_kernel", None)
     step = SimpleNamespace(selective_state_update=mamba_ssm.selective_state_update)
     kernels = SimpleNamespace(**_KERNELS, ops=SimpleNamespace(triton=SimpleNamespace(selective_state_update=step)))
 
@@ -232,12 +233,12 @@ class _Composed:
         return getattr(self._mixer, name)
 
 
-def _kernel_forward(mixer_class: type[nn.Module]) -> Callable[..., Tensor]:
+def _kernel_forward(mixer_class: Any) -> Callable[..., Tensor]:
     original, kernel_path = mixer_class.forward, mixer_class.cuda_kernels_forward
     accepted = inspect.signature(kernel_path).parameters
 
     @functools.wraps(original)
-    def forward(self: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self: Any, *arguments: Any, **options: Any) -> Tensor:
         if self.activation not in ("silu", "swish"):  # the kernels gate with silu, whatever the configuration says
             return self.slow_forward(*arguments, **options)
         options = {name: value for name, value in options.items() if name in accepted}

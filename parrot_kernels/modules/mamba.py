@@ -19,6 +19,7 @@ from ..ops.selective_state_update import selective_state_update
 class MambaBlock(nn.Module):
     """What `Mamba` and `BiMamba` share: the parameters, the projections and one direction's mixing."""
 
+    conv1d: nn.Conv1d
     suffixes: tuple[str, ...] = ("",)  # one per direction; parameters are called conv1d<suffix>, A<suffix>_log ...
 
     def __init__(
@@ -44,10 +45,10 @@ class MambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         checks.choice(type(self).__name__, "dt_init", dt_init, ("random", "constant"))
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.dt_init, self.dt_scale = dt_init, dt_scale
         self.use_fast_path, self.layer_idx, self.backend = use_fast_path, layer_idx, backend
@@ -62,18 +63,17 @@ class MambaBlock(nn.Module):
     def _add_direction(
         self, suffix: str, conv_bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, taps = self.d_inner, self.d_conv
         conv1d = nn.Conv1d(inner, inner, taps, groups=inner, padding=taps - 1, bias=conv_bias, **factory)
         x_proj = nn.Linear(inner, self.dt_rank + 2 * self.d_state, bias=False, **factory)
         dt_proj = nn.Linear(self.dt_rank, inner, bias=True, **factory)
         # The recurrence multiplies these hundreds of times over: they stay in full precision in a half-precision model.
-        full = {"device": device, "dtype": checks.compute_dtype(dtype or torch.get_default_dtype())}
+        full: dict[str, Any] = {"device": device, "dtype": checks.compute_dtype(dtype or torch.get_default_dtype())}
         A_log = nn.Parameter(torch.empty(inner, self.d_state, **full))
         D = nn.Parameter(torch.empty(inner, **full))
-        A_log._no_weight_decay = True
-        D._no_weight_decay = True
-        dt_proj.bias._no_reinit = True  # read by mamba-ssm's and transformers' initialisers
+        for parameter, mark in ((A_log, "_no_weight_decay"), (D, "_no_weight_decay"), (dt_proj.bias, "_no_reinit")):
+            setattr(parameter, mark, True)  # read by mamba-ssm's and transformers' initialisers and by optimisers
         for name, part in zip(self._names(suffix), (conv1d, x_proj, dt_proj, A_log, D), strict=True):
             setattr(self, name, part)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,54 @@ from . import eager
 
 OP = "causal_conv1d"
 ACTIVATIONS = (None, "silu", "swish")
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def causal_conv1d(
@@ -69,20 +117,16 @@ def causal_conv1d(
     dtype = checks.compute_dtype(x.dtype)
     out, final_state = _run_forward(
         x,
-        _cast(weight, dtype),
-        _cast(bias, dtype),
-        _cast(lengths, torch.int32),
-        _cast(seq_idx, torch.int32),
-        _cast(initial_state, x.dtype),
+        checks.cast(weight, dtype),
+        checks.cast(bias, dtype),
+        checks.cast(lengths, torch.int32),
+        checks.cast(seq_idx, torch.int32),
+        checks.cast(initial_state, x.dtype),
         activation is not None,
         reverse,
         backend,
     )
     return (out, final_state) if return_final_state else out
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check(
@@ -286,13 +330,13 @@ _vmap = eager.looping(lambda *arguments: _run_forward(*arguments))
 _vmap_backward = eager.looping(lambda *arguments: _run_backward(*arguments))
 _forward.register_vmap(_vmap)
 _backward.register_vmap(_vmap_backward)
-_run_forward = eager.shortcut(
+_run_forward: Callable[..., Any] = eager.shortcut(
     _forward,
     _compute_forward,
     eager.differentiable(_compute_forward, _setup_context, _autograd),
     eager.transformable(_forward, _setup_context, _autograd, _vmap),
 )
-_run_backward = eager.shortcut(
+_run_backward: Callable[..., Any] = eager.shortcut(
     _backward,
     _compute_backward,
     transformable=eager.transformable(_backward, eager.keep_nothing, _no_double_backward, _vmap_backward),

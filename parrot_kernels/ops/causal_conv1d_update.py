@@ -57,8 +57,8 @@ def causal_conv1d_update(
     """
     _check(x, state, weight, bias, activation, cache_seqlens, state_indices)
     dtype = checks.compute_dtype(x.dtype)
-    weight, bias = _cast(weight, dtype), _cast(bias, dtype)
-    seen, indices = _cast(cache_seqlens, torch.int32), _cast(state_indices, torch.int32)
+    weight, bias = checks.cast(weight, dtype), checks.cast(bias, dtype)
+    seen, indices = checks.cast(cache_seqlens, torch.int32), checks.cast(state_indices, torch.int32)
     steps = x.unsqueeze(-1) if x.dim() == 2 else x
     silu = activation is not None
     if state.dtype in (dtype, x.dtype, torch.float64):  # the kernels take these; others fit into dtype
@@ -94,10 +94,6 @@ def _step(
         valid = indices >= 0
         state[indices[valid].long()] = new_rows[valid]
     return out.masked_fill(~valid.view(-1, 1, 1), 0)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check(

@@ -25,7 +25,7 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and all(t is None or (type(t) in _PLAIN and not _legacy_batched(t)) for t in tensors)
     )
 
@@ -42,7 +42,7 @@ def differentiable(
             setup_context(ctx, arguments, outputs)
             return outputs
 
-    Op.backward = staticmethod(backward)
+    Op.backward = staticmethod(backward)  # type: ignore[method-assign]
     return Op.apply
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks
-from . import eager
+from . import eager, sinkhorn_kernels
 from . import sinkhorn_hadamard as sinkhorn
 
 OP = "parallel_branch_fusion"
@@ -77,7 +77,7 @@ def _slices(row: Tensor, parts: Sequence[str]) -> dict[str, Tensor]:
     return dict(zip(parts, row.chunk(len(parts), dim=-1), strict=True))
 
 
-def _allocate(x, y, eps, gradient, numbers, parts) -> tuple[Tensor, ...]:
+def _allocate(x, y, eps, gradient, numbers, parts) -> tuple[Tensor | None, ...]:
     """The fused row and what its backward needs: f, g, scale, iterations and the histories."""
     out = sinkhorn.allocate(x, y, eps, gradient, sinkhorn.Numbers.unpack(numbers))
     row = x.new_empty(*x.shape[:2], len(parts) * x.shape[2])
@@ -95,11 +95,11 @@ def _compute_forward(x, y, eps, cost, gradient, backend, numbers, parts):
             if tensor is not None:
                 tensor.zero_()
         return results
-    name = sinkhorn.choose_backend(x, y, backend)
+    name = sinkhorn_kernels.choose_backend(x, y, backend)
     written = _slices(row, parts)
     if name in _STRIDED:
         out = out._replace(**{part: written[part] for part in TRANSPORTED if part in written})
-    sinkhorn.launch_forward(sinkhorn.KERNELS[name], (x, y, *[None] * 5, eps), cost, options, out)
+    sinkhorn.launch_forward(sinkhorn_kernels.KERNELS[name], (x, y, *[None] * 5, eps), cost, options, out)
     direct = {"x": x, "y": y} | ({} if name in _STRIDED else {part: getattr(out, part) for part in TRANSPORTED})
     for part, target in written.items():
         if part in direct:
@@ -130,7 +130,7 @@ def _(x, y, eps, cost, gradient, backend, numbers, parts):
 def _compute_backward(grad_row, x, y, eps, saved, cost, gradient, backend, numbers, parts, needed):
     given = _slices(grad_row, parts)
     gradients = [given.get(part) for part in TRANSPORTED] + [None] * (len(sinkhorn.DIFFERENTIABLE) - 2)
-    inputs = (x, y, *[None] * 5, eps)
+    inputs = (x, y, None, None, None, None, None, eps)
     every = [needed[0], needed[1], False, False, False, needed[2]]
     results = sinkhorn.compute_backward(gradients, *inputs, saved, cost, gradient, backend, numbers, every)
     dx, dy, deps = results[0], results[1], results[5]
@@ -200,7 +200,7 @@ _run_forward = eager.shortcut(
     eager.differentiable(_compute_forward, _setup_context, _autograd),
     eager.transformable(_forward, _setup_context, _autograd, _vmap),
 )
-_run_backward = eager.shortcut(
+_run_backward: Callable[..., Any] = eager.shortcut(
     _backward,
     _compute_backward,
     transformable=eager.transformable(_backward, eager.keep_nothing, _no_double_backward, _vmap_backward),

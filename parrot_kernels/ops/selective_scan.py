@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,69 @@ from . import eager
 
 OP = "selective_scan"
 CHUNK_SIZE = 32  # steps between two states kept for the backward: N / 32 of the size of u
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def selective_scan(
@@ -79,16 +142,13 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state)
     dtype = checks.compute_dtype(u.dtype)
-    A, D, delta_bias, initial_state = (_cast(t, dtype) for t in (A, D, delta_bias, initial_state))
-    B, C = (_cast(t, dtype) if t.dim() == 2 else t for t in (B, C))
-    lengths, seq_idx = _cast(lengths, torch.int32), _cast(seq_idx, torch.int32)
+    A, D, delta_bias = checks.cast(A, dtype), checks.cast(D, dtype), checks.cast(delta_bias, dtype)
+    initial_state = checks.cast(initial_state, dtype)
+    B, C = (checks.cast(t, dtype) if t.dim() == 2 else t for t in (B, C))
+    lengths, seq_idx = checks.cast(lengths, torch.int32), checks.cast(seq_idx, torch.int32)
     inputs = (u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state)
     out, final_state, _ = _call(*inputs, delta_softplus, reverse, False, backend)
     return (out, final_state) if return_final_state else out
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check(
@@ -406,7 +466,7 @@ _run_forward = eager.shortcut(
     eager.differentiable(_compute_forward, _setup_context, _autograd),
     eager.transformable(_forward, _setup_context, _autograd, _vmap),
 )
-_run_backward = eager.shortcut(
+_run_backward: Callable[..., Any] = eager.shortcut(
     _backward,
     _compute_backward,
     transformable=eager.transformable(_backward, eager.keep_nothing, _no_double_backward, _vmap_backward),

@@ -64,8 +64,8 @@ def selective_state_update(
     """
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_indices)
     dtype = checks.compute_dtype(x.dtype)
-    A, D, dt_bias = _cast(A, dtype), _cast(D, dtype), _cast(dt_bias, dtype)
-    indices = _cast(state_indices, torch.int32)
+    A, D, dt_bias = checks.cast(A, dtype), checks.cast(D, dtype), checks.cast(dt_bias, dtype)
+    indices = checks.cast(state_indices, torch.int32)
     if state.dtype not in (dtype, x.dtype, torch.float64):  # the kernels take these; others fit into dtype
         wide = state.detach().to(dtype)
         out = _step(wide, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, backend)
@@ -93,7 +93,17 @@ def _step(
     if not eager.wants_gradients((x, dt, A, B, C, D, z, dt_bias)):
         return _run(state, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, backend)
     backends.select(OP, x.device.type, x.dtype, backend)
-    inputs = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+    inputs: dict[str, Any] = {
+        "x": x,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "dt_bias": dt_bias,
+        "dt_softplus": dt_softplus,
+    }
     rows = state.clone() if indices is None else state[indices.clamp(min=0).long()]  # the backward reads them
     out, new_rows = reference.selective_state_update(rows, **inputs)
     with torch.no_grad():
@@ -103,10 +113,6 @@ def _step(
         valid = indices >= 0
         state[indices[valid].long()] = new_rows[valid].to(state.dtype)
     return out.masked_fill(~valid.unsqueeze(1), 0)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check(

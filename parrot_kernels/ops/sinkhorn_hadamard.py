@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,31 +136,41 @@ def sinkhorn_hadamard(
         RuntimeError: the backend asked for can't serve this call.
     """
     single = isinstance(x, Tensor) and x.dim() == 2
-    cost_matrix = None
+    cost_matrix: Tensor | None = None
     if isinstance(cost, str):
-        checks.choice(OP, "cost", cost, COSTS)
+        kind = cost
+        checks.choice(OP, "cost", kind, COSTS)
     else:
-        cost, cost_matrix = "matrix", cost
+        kind, cost_matrix = "matrix", cost
         checks.tensor(OP, "cost", cost_matrix)
     checks.choice(OP, "gradient", gradient, GRADIENTS)
     checks.choice(OP, "backend", backend, (None, *backends.NAMES))
     check_tensors(single, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
-    rho_x, rho_y = find_rho(reach, 2 if cost == "sqeuclidean" else 1)
+    rho_x, rho_y = find_rho(reach, 2 if kind == "sqeuclidean" else 1)
     numbers = Numbers.pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan, return_hadamard)
 
     dtype = checks.compute_dtype(x.dtype)
-    a, b, cost_matrix = (_cast(t, dtype) for t in (a, b, cost_matrix))
-    x_lengths, y_lengths = _cast(x_lengths, torch.int32), _cast(y_lengths, torch.int32)
+    a, b, cost_matrix = (checks.cast(t, dtype) for t in (a, b, cost_matrix))
+    x_lengths, y_lengths = checks.cast(x_lengths, torch.int32), checks.cast(y_lengths, torch.int32)
+    inputs: Iterable[Tensor | None] = (x, y, a, b, x_lengths, y_lengths, cost_matrix)
     if single:
-        x, y, a, b, x_lengths, y_lengths, cost_matrix = (
-            None if t is None else t.unsqueeze(0) for t in (x, y, a, b, x_lengths, y_lengths, cost_matrix)
-        )
-    eps = eps_per_problem(eps, x)
+        inputs = (None if t is None else t.unsqueeze(0) for t in inputs)
+        x = x.unsqueeze(0)
 
-    out = _call(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backend, numbers)
+    out = _call(*inputs, eps_per_problem(eps, x), kind, gradient, backend, numbers)
     products = out[2:4] if return_hadamard else (None, None)
     plan = out.plan if return_plan else None
-    results = (*out[:2], *products, out.f, out.g, plan, out.transport_cost, out.error, out.iterations, out.converged)
+    results: Iterable[Any] = (
+        *out[:2],
+        *products,
+        out.f,
+        out.g,
+        plan,
+        out.transport_cost,
+        out.error,
+        out.iterations,
+        out.converged,
+    )
     if single:
         results = (None if t is None else t.squeeze(0) for t in results)
     return SinkhornHadamardOutput(*results)
@@ -170,13 +180,9 @@ def eps_per_problem(eps: float | Tensor, x: Tensor) -> Tensor:
     """(B,), in the compute dtype."""
     dtype = checks.compute_dtype(x.dtype)
     if isinstance(eps, Tensor):
-        return _cast(eps, dtype).expand(x.shape[0])
+        return checks.cast(eps, dtype).expand(x.shape[0])
     _check_number("eps", eps)
     return x.new_full((x.shape[0],), eps, dtype=dtype)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def check_tensors(single, x, y, a=None, b=None, x_lengths=None, y_lengths=None, cost_matrix=None, eps=None) -> None:
@@ -215,7 +221,8 @@ def find_rho(reach: float | Sequence[float | None] | None, power: int) -> tuple[
     for side in pair:
         if side is not None:
             _check_number("reach", side, wanted)
-    return tuple(None if side is None else side**power for side in pair)
+    x, y = (None if side is None else side**power for side in pair)
+    return x, y
 
 
 class Numbers(NamedTuple):
@@ -256,8 +263,8 @@ class Numbers(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _unpack(numbers: tuple[float, ...]) -> Numbers:
-    n_iters, *options = (None if value == -1.0 else value for value in numbers)
-    return Numbers(int(n_iters), *options[:-3], *map(bool, options[-3:]))
+    cost_scale, tol, rho_x, rho_y = (None if value == -1.0 else value for value in numbers[1:5])
+    return Numbers(int(numbers[0]), cost_scale, tol, rho_x, rho_y, *map(bool, numbers[5:]))
 
 
 class _Forward(NamedTuple):
@@ -380,7 +387,7 @@ def _(x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, cost, gradient, backen
     return without_none(allocate(x, y, eps, gradient, Numbers.unpack(numbers)), like=eps)
 
 
-def _allocate_gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor]:
+def _allocate_gradients(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tensor]:
     """Gradients of x, y, a, b, cost_matrix and eps; (B, 0) for those not needed."""
     x = inputs[0]
     return [
@@ -447,7 +454,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = cost, gradient, backend, numbers
 
 
-def _autograd(ctx, *gradients):
+def _autograd(ctx: Any, *given: Any) -> tuple[Any, ...]:
     gradient, numbers = ctx.options[1], ctx.options[3]
     if not Numbers.unpack(numbers).keep:
         raise RuntimeError(f"{OP}: the op was called without keeping what its backward needs.")
@@ -457,7 +464,7 @@ def _autograd(ctx, *gradients):
     needed = [x, y, a, b, cost_matrix, eps]
     tensors = ctx.saved_tensors  # once: checkpointing hands them out once
     inputs, saved = tensors[:8], tensors[8:]
-    gradients = [None if t is None or t.numel() == 0 else t for t in gradients[: len(DIFFERENTIABLE)]]
+    gradients = [None if t is None or t.numel() == 0 else t for t in given[: len(DIFFERENTIABLE)]]
     results = _run_backward(gradients, *inputs, list(saved), *ctx.options, needed)
     x, y, a, b, cost_matrix, eps = (t if need else None for t, need in zip(results, needed, strict=True))
     return x, y, a, b, None, None, cost_matrix, eps, None, None, None, None
@@ -489,7 +496,7 @@ _run_forward = eager.shortcut(
     eager.differentiable(_compute_forward, _setup_context, _autograd),
     eager.transformable(_forward, _setup_context, _autograd, _vmap),
 )
-_run_backward = eager.shortcut(
+_run_backward: Callable[..., Any] = eager.shortcut(
     _backward,
     compute_backward,
     transformable=eager.transformable(_backward, eager.keep_nothing, _no_double_backward, _vmap_backward),

@@ -97,7 +97,7 @@ def _cuda_backward(
     given = {"x": x, "y": y, "eps": eps, "gradient": gradient, "workspace": workspace, **arguments}
     native.call_cuda("sinkhorn_hadamard_backward_cuda", x.device, dx=sums[0], dy=sums[1], **given)
     for target, wider in zip((dx, dy), sums, strict=True):
-        if target is not wider:
+        if target is not None and wider is not None and target is not wider:
             target.copy_(wider)
 
 

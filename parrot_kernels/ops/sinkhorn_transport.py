@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -24,7 +24,8 @@ def sinkhorn_plan(x: Tensor, y: Tensor, **options: Any) -> Tensor:
 
     Raises: as sinkhorn_hadamard.
     """
-    return sinkhorn_hadamard(x, y, return_plan=True, return_hadamard=False, **options).plan
+    plan = sinkhorn_hadamard(x, y, return_plan=True, return_hadamard=False, **options).plan
+    return cast(Tensor, plan)  # since it was asked for
 
 
 def sinkhorn_transport(x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
