@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -52,3 +53,12 @@ def test_the_site_builds_strictly(tmp_path):
         text = page.read_text()
         assert "arithmatex" not in text, f"a formula of {page} was not converted"
         assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?://', text), f"{page} fetches from elsewhere"
+
+
+@pytest.mark.parametrize("name", ["parrot_kernels", "parrot"])
+def test_every_public_name_is_documented(name):
+    package = importlib.import_module(name)
+    page = (ROOT / "docs" / "api" / f"{name.removeprefix('parrot_')}.md").read_text()
+    for public in package.__all__:
+        assert re.search(rf"\b{public}\b", page), f"{name}.{public} is on no page"
+        assert getattr(package, public).__doc__, f"{name}.{public} has no docstring"
