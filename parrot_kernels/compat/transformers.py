@@ -131,7 +131,7 @@ def _inference_in_pieces(mixer_class: type[nn.Module]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def forward(
-        self: nn.Module,
+        self: Any,
         hidden_states: Tensor,
         cache_params: Any | None = None,
         attention_mask: Tensor | None = None,
@@ -146,7 +146,7 @@ def _inference_in_pieces(mixer_class: type[nn.Module]) -> Callable[..., Tensor]:
     return forward
 
 
-def _inference(mixer: nn.Module, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+def _inference(mixer: Any, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     """What the mixer computes, `PIECE` steps at a time: ten times the size of its input is then that of a piece."""
     norms = [getattr(mixer, f"{name}_layernorm", nn.Identity()) for name in ("dt", "b", "c")]
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
