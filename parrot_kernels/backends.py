@@ -20,8 +20,12 @@ NAMES = ("cpu", "cuda", "triton", "torch")
 
 # The first usable backend serves. Without device measurements Triton comes before CUDA C++.
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
-# Except for the scan, whose Triton backward runs through the caches what CUDA C++ keeps in registers.
-PREFERENCE_OF = {("selective_scan", "cuda"): ("cuda", "triton", "torch")}
+# Except for the scan, whose Triton backward runs through the caches what CUDA C++ keeps in registers, and for single
+# steps, which are over before Triton's launcher is through with their arguments.
+PREFERENCE_OF = dict.fromkeys(
+    [(op, "cuda") for op in ("selective_scan", "selective_state_update", "causal_conv1d_update")],
+    ("cuda", "triton", "torch"),
+)
 
 
 # What is implemented beside `torch`, which serves every op, dtype and option: op -> backend -> dtypes.
@@ -41,8 +45,16 @@ IMPLEMENTED: dict[str, dict[str, frozenset[torch.dtype]]] = {
         "cuda": frozenset(checks.FLOATS),
         "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
     },
-    "selective_state_update": {"cpu": frozenset(checks.FLOATS), "cuda": frozenset(checks.FLOATS)},
-    "causal_conv1d_update": {"cpu": frozenset(checks.FLOATS), "cuda": frozenset(checks.FLOATS)},
+    "selective_state_update": {
+        "cpu": frozenset(checks.FLOATS),
+        "cuda": frozenset(checks.FLOATS),
+        "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
+    },
+    "causal_conv1d_update": {
+        "cpu": frozenset(checks.FLOATS),
+        "cuda": frozenset(checks.FLOATS),
+        "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
+    },
 }
 
 

@@ -234,7 +234,7 @@ class Mamba(MambaBlock):
         x, z = self._project_in("hidden_states", hidden_states)
         for name, state, last in (("conv_state", conv_state, self.d_conv), ("ssm_state", ssm_state, self.d_state)):
             checks.tensor("Mamba.step", name, state, shape=(x.shape[0], self.d_inner, last), like=x)
-        if x.shape[2] == 1 and self.backend != "triton":  # which has no kernels for one step
+        if x.shape[2] == 1:
             return self._mix_one(x.squeeze(2), z.squeeze(2), conv_state, ssm_state), conv_state, ssm_state
         # Copies: a backward may still read the states that are overwritten below.
         y, final_state = self._mix(x, z, conv_state=conv_state[..., 1:].clone(), ssm_state=ssm_state.clone())

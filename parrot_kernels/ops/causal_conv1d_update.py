@@ -42,7 +42,7 @@ def causal_conv1d_update(
             t % s.
         state_indices: (b,), int32 or int64: the entry of ``state`` of each row, none twice. Negative: the row is
             padding, its output is 0 and no state is touched. Values are checked on CPU tensors only.
-        backend: "cpu", "cuda" or "torch"; by default chosen by device.
+        backend: "cpu", "cuda", "triton" or "torch"; by default chosen by device.
 
     Returns:
         out, of the shape and dtype of x.
@@ -132,7 +132,13 @@ def _cuda(**arguments: Any) -> None:
     native.call_cuda(f"{OP}_cuda", arguments["x"].device, **arguments)
 
 
-KERNELS = {"torch": reference.update, "cpu": _cpu, "cuda": _cuda}
+def _triton(**arguments: Any) -> None:
+    from ..triton_kernels import causal_conv1d_update as kernels  # imports triton, which may be absent
+
+    kernels.update(**arguments)
+
+
+KERNELS = {"torch": reference.update, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
 
 
 def _compute(

@@ -49,7 +49,7 @@ def selective_state_update(
         dt_softplus: apply softplus to dt + dt_bias.
         state_indices: (b,), int32 or int64: the entry of ``state`` of each row, none twice. Negative: the row is
             padding, its output is 0 and no state is touched. Values are checked on CPU tensors only.
-        backend: "cpu", "cuda" or "torch"; by default chosen by device.
+        backend: "cpu", "cuda", "triton" or "torch"; by default chosen by device.
 
     Returns:
         out (b, d) in the dtype of x, from the state before that is rounded to its dtype.
@@ -162,7 +162,13 @@ def _cuda(**arguments: Any) -> None:
     native.call_cuda(f"{OP}_cuda", arguments["x"].device, **arguments)
 
 
-KERNELS = {"torch": reference.update, "cpu": _cpu, "cuda": _cuda}
+def _triton(**arguments: Any) -> None:
+    from ..triton_kernels import selective_state_update as kernels  # imports triton, which may be absent
+
+    kernels.update(**arguments)
+
+
+KERNELS = {"torch": reference.update, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
 
 
 def _compute(

@@ -36,6 +36,8 @@ MODULES = (
     "selective_scan",
     "selective_scan_backward",
     "causal_conv1d",
+    "selective_state_update",
+    "causal_conv1d_update",
     "reductions",
 )
 TRITON_ARCHS = ("80", "90", "100", "gfx942")

@@ -85,15 +85,18 @@ def sigmoid(x):
 
 
 @triton.jit
+def softplus(x):
+    """log(1 + exp(x)); log(1 + e) keeps its digits for small e by Kahan's quotient."""
+    e = tl.exp(tl.minimum(x, SOFTPLUS_THRESHOLD))
+    w = 1.0 + e
+    log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.where(x > SOFTPLUS_THRESHOLD, x, log1p)
+
+
+@triton.jit
 def step_size(raw, s, n, SOFTPLUS: tl.constexpr):
-    """softplus(raw) or raw, zero in the padding; log(1 + e) keeps its digits for small e by Kahan's quotient."""
-    dt = raw
-    if SOFTPLUS:
-        e = tl.exp(tl.minimum(raw, SOFTPLUS_THRESHOLD))
-        w = 1.0 + e
-        log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
-        dt = tl.where(raw > SOFTPLUS_THRESHOLD, raw, log1p)
-    return tl.where(s < n, dt, 0.0)
+    """softplus(raw) or raw, zero in the padding."""
+    return tl.where(s < n, softplus(raw) if SOFTPLUS else raw, 0.0)
 
 
 @triton.jit
