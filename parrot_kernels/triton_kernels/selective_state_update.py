@@ -21,6 +21,7 @@ from .specialization import Specialization, launch_options
 TILE = 512  # elements: few, so that a single token reaches many multiprocessors
 MOST_STATES = 128  # of a tile
 NUM_WARPS = 4
+MAX_REGISTERS = 255  # else the assembler stops at 64, with a spill
 
 SIZES = ["D_SIZE", "B_channels", "C_channels"]
 STRIDES = [f"{name}_{axis}" for name, axes in {"state": "edn", "x": "bd", "dt": "bd", "A": "dn", "B": "bgn", "C": "bgn",
@@ -166,7 +167,7 @@ def update(
             channels // B.shape[1],
             channels // C.shape[1],
             **constants,
-            **launch_options(NUM_WARPS, None, amd=torch.version.hip is not None),
+            **launch_options(NUM_WARPS, MAX_REGISTERS, amd=torch.version.hip is not None),
         )
 
 
@@ -188,5 +189,6 @@ def specializations() -> Iterator[Specialization]:
             arguments={name: known[name] for name in names if name in known and name not in constants},
             constants={name: value for name, value in constants.items() if name in names},
             num_warps=NUM_WARPS,
+            max_registers=MAX_REGISTERS,
             quick=(dtype, states, full) == ("fp32", 16, True),
         )
