@@ -232,3 +232,11 @@ def test_runs_models_in_the_style_of_vim_and_ssamba(vim_layer, spelling, rms_nor
     want = plain(forward.mixer.state_dict(), normed(total)) + 2 * total
     want += plain(backward.mixer.state_dict(), normed(total.flip(1))).flip(1)
     assert_close(got, want, "scan")
+
+
+def test_there_are_no_single_steps():
+    block = BiMamba(8, d_state=4)
+    with pytest.raises(NotImplementedError, match="whole sequence"):
+        block.allocate_inference_cache(2)
+    with pytest.raises(NotImplementedError, match="whole sequence"):
+        block.step(torch.zeros(2, 1, 8), torch.zeros(2, 16, 4), torch.zeros(2, 16, 4))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -20,7 +20,8 @@ class BiMamba(MambaBlock):
     where backward runs, from the last valid step to the first, in kernels that read the sequence in place: nothing
     is flipped. Parameters have the names and shapes of Vim's and SSAMBA's checkpoints, those of the backward
     direction being A_b_log, D_b, conv1d_b, x_proj_b and dt_proj_b. Both directions are initialised as `Mamba` (Vim
-    leaves dt_proj_b at the default of a linear layer).
+    leaves dt_proj_b at the default of a linear layer). Unlike `Mamba` it takes whole sequences only: what comes later
+    changes every output, so there is no `step` and no cache.
 
     Args:
         arguments, options: of `Mamba`.
@@ -56,3 +57,12 @@ class BiMamba(MambaBlock):
         backward, _ = self._mix(x, z, "_b", reverse=True, lengths=lengths, seq_idx=seq_idx)
         y = forward + backward
         return self._project_out(y / 2 if self.if_divide_out else y)
+
+    def step(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Raises NotImplementedError, as does `allocate_inference_cache`."""
+        raise NotImplementedError(
+            "BiMamba: a bidirectional block can't run step by step, since its outputs depend on what follows. Call it "
+            "on the whole sequence, or use Mamba, which is causal."
+        )
+
+    allocate_inference_cache = step
