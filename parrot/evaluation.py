@@ -24,8 +24,9 @@ from torch import nn
 from parrot.corpora.splits import Fold, assert_no_leakage_in
 from parrot.distributed import Group
 from parrot.files import write_atomically
+from parrot.ragged import Ragged
 from parrot.sharing import Shareable
-from parrot.store import StoredRows
+from parrot.store import StoredRows, StoredSequences
 from parrot.training import (
     TrainingConfig,
     TrainingResult,
@@ -37,6 +38,7 @@ from parrot.workers import run_all, usable_cores
 METRICS = ("wa", "ua", "macro_f1")
 FORMAT = 1  # of stored results; raise it when a change to training makes them out of date
 
+Features = Sequence[np.ndarray | StoredRows | Ragged]  # one per encoder, rows aligned
 Build = Callable[[str, Sequence[int], int], nn.Module]
 
 
@@ -104,9 +106,13 @@ class CrossValidation:
 
 @dataclass(frozen=True)
 class Task:
-    """All that the training runs of one cross-validation share."""
+    """All that the training runs of one cross-validation share.
 
-    features: tuple[np.ndarray | StoredRows, ...]
+    Features of several kinds come as a mapping from the kind; each system gets what :func:`parrot.model.inputs_of`
+    says.
+    """
+
+    features: Features | Mapping[str, Features]
     labels: np.ndarray
     n_classes: int
     folds: tuple[Fold, ...]
@@ -117,7 +123,11 @@ class Task:
     def model(self, system: str, fold: int) -> nn.Module:
         """The system's model, initialised from the fold's seed."""
         with reproducible(self.seed_of(fold), torch.device("cpu")):
-            return self.build(system, [f.shape[1] for f in self.features], self.n_classes)
+            return self.build(system, widths(self.features_of(system)), self.n_classes)
+
+    def features_of(self, system: str) -> Features:
+        """What the system takes."""
+        return self.features[_kind(system)] if isinstance(self.features, Mapping) else self.features
 
     def seed_of(self, fold: int) -> int:
         return self.seed * 100 + self.folds[fold].index
@@ -125,15 +135,16 @@ class Task:
     def fit(self, system: str, fold: int, group: Group | None = None) -> tuple[nn.Module, TrainingResult]:
         """Initialise and train one system on one fold."""
         model, seed = self.model(system, fold), self.seed_of(fold)
-        return model, train(model, self.features, self.labels, self.folds[fold], self.config, seed, group)
+        return model, train(model, self.features_of(system), self.labels, self.folds[fold], self.config, seed, group)
 
     def result(self, system: str, fold: int, group: Group | None = None) -> TrainingResult:
         """What training one system on one fold leaves behind."""
         return self.fit(system, fold, group)[1]
 
     @cached_property
-    def _digests(self) -> tuple[list[str], str]:
-        return [digest(f) for f in self.features], digest(self.labels)
+    def _digests(self) -> tuple[dict[str, list[str]], str]:
+        kinds = self.features if isinstance(self.features, Mapping) else {"": self.features}
+        return {kind: [digest(f) for f in features] for kind, features in kinds.items()}, digest(self.labels)
 
     def key(self, system: str, fold: int, initial: str) -> str:
         """Hash of what determines the result: data, parts, protocol, seed, initial model, torch and the device."""
@@ -142,7 +153,7 @@ class Task:
             "format": FORMAT,
             "system": system,
             "model": initial,
-            "features": self._digests[0],
+            "features": self._digests[0][_kind(system) if isinstance(self.features, Mapping) else ""],
             "labels": self._digests[1],
             "n_classes": self.n_classes,
             "parts": [digest(np.asarray(getattr(self.folds[fold], p))) for p in ("train", "validation", "test")],
@@ -154,8 +165,26 @@ class Task:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def digest(array: np.ndarray | StoredRows) -> str:
-    """Hash of an array's dtype, shape and values; the same for rows on disk."""
+def _kind(system: str) -> str:
+    from parrot.model import inputs_of
+
+    return inputs_of(system)
+
+
+def widths(features: Features) -> list[int | tuple[int, ...]]:
+    """What ``build`` is told of each encoder's features: d of (n, d) or sequences of (T, d), else (layers + 1, d)."""
+    shapes = [f.shape[1:] for f in features]
+    return [shape[0] if len(shape) == 1 else tuple(shape) for shape in shapes]
+
+
+def digest(array: np.ndarray | StoredRows | Ragged) -> str:
+    """Hash of an array's dtype, shape and values, or of sequences'; the same for rows on disk."""
+    if isinstance(array, Ragged | StoredSequences):
+        state = hashlib.sha256(f"{array.shape}{array.lengths.tolist()}".encode())
+        for start in range(0, len(array), 1024):
+            for sequence in array[start : start + 1024]:
+                state.update(np.ascontiguousarray(sequence).data)
+        return state.hexdigest()
     if not isinstance(array, StoredRows):
         array = np.ascontiguousarray(array)
     state = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
@@ -174,7 +203,7 @@ def model_digest(model: nn.Module) -> str:
 
 def cross_validate(
     systems: Sequence[str],
-    features: Sequence[np.ndarray],
+    features: Features | Mapping[str, Features],
     labels: np.ndarray,
     folds: Sequence[Fold],
     label_names: Sequence[str],
@@ -192,7 +221,7 @@ def cross_validate(
 
     Args:
         systems: names that ``build`` knows.
-        features: one (n, d_k) matrix per encoder, rows aligned.
+        features: one (n, d_k) matrix per encoder, rows aligned; or such lists by kind, see :class:`Task`.
         labels: (n,) integer classes, indices into ``label_names``.
         folds: the folds; training runs of fold k use the seed ``seed * 100 + k``.
         label_names: the names of the classes.
@@ -228,7 +257,7 @@ def cross_validate(
             raise ValueError(f"cross_validate: `groups[{what!r}]` must have {len(labels)} values; got {len(values)}.")
     assert_no_leakage_in(folds, groups or {})
     config, group = config or TrainingConfig(), group or Group()
-    task = Task(tuple(features), labels, len(label_names), tuple(folds), config, seed, build)
+    task = Task(_owned(features), labels, len(label_names), tuple(folds), config, seed, build)
     store = None if store is None else Path(store)
 
     results: dict[tuple[str, int], TrainingResult] = {}
@@ -288,7 +317,7 @@ def final_fold(speakers: Sequence[str], index: int, seed: int = 0, validation_fr
 
 def train_final(
     system: str,
-    features: Sequence[np.ndarray],
+    features: Features | Mapping[str, Features],
     labels: np.ndarray,
     fold: Fold,
     label_names: Sequence[str],
@@ -311,11 +340,11 @@ def train_final(
     if build is None:
         from parrot.model import build
     config, group = config or TrainingConfig(), group or Group()
-    task = Task(tuple(features), labels, len(label_names), (fold,), config, seed, build)
+    task = Task(_owned(features), labels, len(label_names), (fold,), config, seed, build)
     description = {
         **description,
         "system": system,
-        "dims": [f.shape[1] for f in features],
+        "dims": [f.shape[-1] if len(f.shape) > 1 else 1 for f in task.features_of(system)],
         "labels": list(label_names),
         "batch_size": config.batch_size,
         "key": task.key(system, 0, model_digest(task.model(system, 0))),
@@ -330,6 +359,10 @@ def train_final(
         model.description = description
         model.save_pretrained(folder)
     return Path(folder)
+
+
+def _owned(features: Features | Mapping[str, Features]) -> tuple | dict[str, tuple]:
+    return {kind: tuple(f) for kind, f in features.items()} if isinstance(features, Mapping) else tuple(features)
 
 
 def _path(store: Path, system: str, fold: int, keys: dict[tuple[str, int], str]) -> Path:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 3.0
 PRECISIONS = ("fp32", "bf16")
+# What is kept of a clip: its embedding (d,), its frames (T, d), or the mean over the frames of each hidden state of the
+# encoder (layers + 1, d).
+KINDS = ("embeddings", "frames", "layers")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class FeatureTable:
     """Embeddings of the utterances of a corpus that could be embedded.
 
     Attributes:
-        rows: (n, embedding_dim) float32, on disk; indexing reads, ``np.asarray`` reads everything.
+        rows: (n, embedding_dim) float32, on disk; indexing reads, ``np.asarray`` reads everything. Of the other kinds
+            n sequences, :class:`parrot.store.StoredSequences`.
         indices: (n,) int64, ascending; row i belongs to ``corpus.utterances[indices[i]]``.
         failures: path and reason of each utterance that could not be embedded.
         reused: how many rows were in the store already.
@@ -82,7 +86,7 @@ class FeatureTable:
 
     @cached_property
     def values(self) -> np.ndarray:
-        """All ``rows`` in memory."""
+        """All ``rows`` in memory; of embeddings only."""
         return np.asarray(self.rows)
 
     @property
@@ -99,6 +103,7 @@ def extract(
     *,
     how: Extraction | None = None,
     group: Group | None = None,
+    kind: str = "embeddings",
 ) -> FeatureTable:
     """Embed every utterance of ``corpus`` and keep the embeddings below ``cache_dir``.
 
@@ -120,9 +125,11 @@ def extract(
         progress: show a progress bar, of this process's part.
         how: batches, precision and compilation.
         group: the processes that share the work, see :func:`parrot.distributed.join`; this one alone by default.
+        kind: what to keep of a clip, one of :data:`KINDS`.
 
     Raises:
-        ValueError: the encoder is in training mode, gives embeddings of a wrong shape, or every utterance failed.
+        ValueError: there is no such kind, or it can't be compiled; the encoder is in training mode, gives embeddings of
+            a wrong shape, or every utterance failed.
         RuntimeError: another process holds the store's lock for a minute, or the group does not share the folder.
         OSError: the store can't be read or written, because the disk is full, say; what it holds is kept.
     """
@@ -131,8 +138,14 @@ def extract(
     if encoder.training:
         raise ValueError("features.extract: the encoder is in training mode, wanted evaluation: call encoder.eval()")
     how, group = how or Extraction(), group or Group()
-    store = FeatureStore(cache_dir, encoder.fingerprint + how.suffix, encoder.embedding_dim)
-    embed = torch.compile(encoder.embed, dynamic=True) if how.compile else encoder.embed
+    if kind not in KINDS or (how.compile and kind != "embeddings"):
+        wanted = "embeddings, which alone are compiled" if how.compile else ", ".join(KINDS)
+        raise ValueError(f"features.extract: `kind` must be one of {wanted}; got {kind!r}.")
+    identity = encoder.fingerprint + how.suffix + f"-{kind}" * (kind != "embeddings")
+    store = FeatureStore(cache_dir, identity, encoder.embedding_dim, ragged=kind != "embeddings")
+    embed = _function(encoder, kind)
+    if how.compile:
+        embed = torch.compile(embed, dynamic=True)
     found: list[tuple[int, bytes]] = []
     failed: list[tuple[int, str]] = []
     new: dict[bytes, np.ndarray] = {}
@@ -239,7 +252,7 @@ def _embed_files(
             path = files[place][0]
             if isinstance(row, Exception):
                 outcomes[place] = AudioError(path, f"encoder {encoder.name} failed: {row}")
-            elif row.shape != (encoder.embedding_dim,):
+            elif row.ndim > 2 or row.shape[-1] != encoder.embedding_dim:
                 raise ValueError(
                     f"features.extract: encoder {encoder.name}: wanted an embedding of shape "
                     f"(1, {encoder.embedding_dim}), got {(1, *row.shape)}"
@@ -263,7 +276,30 @@ def _embed(
         torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16"),
     ):
         embeddings = embed(batch, lengths) if len(set(lengths)) > 1 else embed(batch)
-    return list(embeddings.float().cpu().numpy())
+    return [embedding.float().cpu().numpy() for embedding in embeddings]
+
+
+def _function(encoder: Encoder, kind: str) -> Callable[..., Sequence[Tensor]]:
+    """Takes waveforms (B, samples) and, where they differ, their lengths; gives what the kind keeps of each clip."""
+
+    def frames(waveforms: Tensor, lengths: Sequence[int] | None = None) -> list[Tensor]:
+        found, counts = encoder.frames(waveforms, lengths)
+        return [clip[:count] for clip, count in zip(found, counts.tolist(), strict=True)]
+
+    def layers(waveforms: Tensor, lengths: Sequence[int] | None = None) -> list[Tensor]:
+        clips = zip(waveforms, lengths or [waveforms.shape[1]] * len(waveforms), strict=True)
+        return [torch.stack([state.mean(-2) for state in encoder.hidden_states(clip[:n])]) for clip, n in clips]
+
+    return {"embeddings": encoder.embed, "frames": frames, "layers": layers}[kind]
+
+
+def embed_clip(encoder: Encoder, waveform: np.ndarray, kind: str = "embeddings") -> np.ndarray:
+    """What :func:`extract` by default keeps of a clip's samples (n,): (d,), (T, d) or (layers + 1, d) float32.
+
+    Raises:
+        ValueError: the encoder refuses the clip.
+    """
+    return _embed(encoder, _function(encoder, kind), Extraction(), [waveform])[0]
 
 
 @contextlib.contextmanager

@@ -8,73 +8,39 @@ over T first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parrot.encoders import Encoder, load
+from parrot.epsilon import Epsilon
+from parrot.fine_tuning import FineTuned
+from parrot.frames import FrameParrot
 from parrot.fusion import FUSIONS, build_fusion
+from parrot.layer_weights import LayerWeighted
+from parrot.model_config import ParrotConfig
 from parrot.sharing import Shareable
 
 HEADS = ("fcn", "cnn")
-TRANSPORTS = ("batch", "reference")
 # The named systems, in the order of the comparison table: a trailing number is the encoder of a single-encoder one.
 SYSTEMS = ("fcn-0", "fcn-1", "cnn-0", "cnn-1", "concat", "hadamard", "ot", "parrot")
 
 
-@dataclass(frozen=True)
-class ParrotConfig:
-    """Sizes and options; the defaults are the paper's configuration.
-
-    Attributes:
-        fusion: "parrot", or a part of it: "concat", "hadamard", "ot".
-        filters: channels of the two convolutions.
-        projection: width each stream is projected to before the fusion.
-        hidden: width of the classifier's hidden layer.
-        dropout: before the last layer.
-        eps: entropic regularisation, in units of the largest cost of the batch.
-        n_iters: Sinkhorn iterations, always all of them.
-        gradient: "detached" (the paper: the plan is a constant), "unrolled" or "implicit".
-        reach: relaxes the marginals (unbalanced transport), in units of the largest cost; None (the paper) does not.
-        transport: "batch" (the paper: the rows of a batch are the points), or "reference": so only in training; in
-            evaluation each row is transported among ``reference_size`` stored rows, whatever shares its batch.
-        reference_size: rows of the reference set; 31 give problems of the size of the paper's batches.
-    """
-
-    fusion: str = "parrot"
-    filters: tuple[int, int] = (64, 128)
-    projection: int = 120
-    hidden: int = 128
-    dropout: float = 0.3
-    eps: float = 0.05
-    n_iters: int = 50
-    gradient: str = "detached"
-    reach: float | None = None
-    transport: str = "batch"
-    reference_size: int = 31
-
-    def __post_init__(self) -> None:
-        if self.fusion not in FUSIONS:
-            raise ValueError(f"ParrotConfig: `fusion` must be one of {', '.join(FUSIONS)}; got {self.fusion!r}.")
-        if self.transport not in TRANSPORTS:
-            raise ValueError(
-                f"ParrotConfig: `transport` must be one of {', '.join(TRANSPORTS)}; got {self.transport!r}."
-            )
-
-    @classmethod
-    def paper(cls) -> ParrotConfig:
-        """The configuration of arXiv 2506.01138, where the paper is silent that of its reimplementation."""
-        return cls()
-
-
-# Systems beyond the paper, each a single change to its configuration.
+# Systems beyond the paper, each a single change to its configuration. Beside them there are "parrot-layers" and
+# "parrot-finetuned", the paper's configuration on other inputs.
 VARIANTS = {
     "parrot-unrolled": ParrotConfig(gradient="unrolled"),
     "parrot-unbalanced": ParrotConfig(reach=0.5),
     "parrot-reference": ParrotConfig(transport="reference"),
+    "parrot-first-pairs": ParrotConfig(pairs="first"),
+    "parrot-frames": ParrotConfig(transport="frames", gradient="unrolled"),
+    "parrot-learned-eps": ParrotConfig(learn_eps=True, gradient="unrolled"),
+    "parrot-annealed-eps": ParrotConfig(eps_start=0.5),
 }
+INPUTS = {"parrot-layers": "layers", "parrot-finetuned": "waveforms"}
 
 
 class EmbeddingCNN(nn.Sequential):
@@ -109,35 +75,46 @@ class Classifier(nn.Sequential):
 
 
 class Parrot(Shareable, nn.Module):
-    """Two encoders' embeddings, each convolved and projected, fused, classified.
+    """Two or more encoders' embeddings, each convolved and projected, fused, classified.
 
     With x, y (B, projection) the projected streams and P the entropic plan between the rows of the mini-batch
     (Euclidean cost over its maximum, uniform weights), the fused row of the default fusion is
     [x * y, B P^T x, y, B P y, x]. So logits depend on which rows share a batch; in a batch of one the transported
     features are the streams themselves.
 
+    The paper has two encoders; K streams are fused pair by pair, see :class:`parrot.fusion.PairwiseFusion`. With
+    filters (c_1, c_2), p = projection, h = hidden, C classes and a fusion of n parts (for two encoders 5, in general
+    3 pairs + K), the parameters are::
+
+        sum_k [4 c_1 + 3 c_1 c_2 + c_2 + c_2 (d_k // 4) p + p]  +  h (n p + 1) + C (h + 1)
+
     Args:
-        dims: embedding widths of the two encoders.
+        dims: embedding widths of the encoders, two or more.
         n_classes: number of classes.
         config: the paper's by default.
 
     Raises:
-        ValueError: not two encoders, or an embedding narrower than 4.
+        ValueError: fewer than two encoders, an embedding narrower than 4, or ``transport="frames"``.
     """
 
+    inputs = "embeddings"
     reference_is_set: Tensor
 
     def __init__(self, dims: Sequence[int], n_classes: int, config: ParrotConfig | None = None) -> None:
         super().__init__()
         config = config or ParrotConfig.paper()
-        if len(dims) != 2:
-            raise ValueError(f"Parrot: `dims` must be the embedding widths of two encoders; got {list(dims)}.")
+        if len(dims) < 2:
+            raise ValueError(f"Parrot: `dims` must be the embedding widths of two or more encoders; got {list(dims)}.")
+        if config.transport == "frames":
+            raise ValueError("Parrot: `transport` 'frames' is that of parrot.frames.FrameParrot. Use that class.")
         self.config, self.dims, self.n_classes = config, tuple(dims), n_classes
         cnns = [EmbeddingCNN(dim, config.filters) for dim in dims]
         self.streams = nn.ModuleList(nn.Sequential(cnn, nn.Linear(cnn.width, config.projection)) for cnn in cnns)
         self.fusion = build_fusion(
-            config.fusion, eps=config.eps, n_iters=config.n_iters, reach=config.reach, gradient=config.gradient
-        )
+            config.fusion, len(dims), config.pairs,
+            eps=config.eps, n_iters=config.n_iters, reach=config.reach, gradient=config.gradient,
+        )  # fmt: skip
+        self.epsilon = Epsilon(config.eps, start=config.eps_start, epochs=config.eps_epochs, learned=config.learn_eps)
         if config.transport == "reference":
             for k, dim in enumerate(dims):
                 self.register_buffer(f"reference_{k}", torch.zeros(config.reference_size, dim))
@@ -162,8 +139,8 @@ class Parrot(Shareable, nn.Module):
         if len(features) != len(self.dims):
             raise ValueError(f"Parrot: wanted {len(self.dims)} feature tensors, one per encoder; got {len(features)}.")
         pooled = [_pooled("Parrot", k, x, dim) for k, (x, dim) in enumerate(zip(features, self.dims, strict=True))]
-        if len(pooled[0]) != len(pooled[1]):
-            raise ValueError(f"Parrot: wanted the same rows from both encoders; got {[len(x) for x in pooled]} rows.")
+        if len({len(x) for x in pooled}) > 1:
+            raise ValueError(f"Parrot: wanted the same rows from all encoders; got {[len(x) for x in pooled]} rows.")
         return [stream(x) for stream, x in zip(self.streams, pooled, strict=True)]
 
     def forward(self, *features: Tensor) -> Tensor:
@@ -174,18 +151,23 @@ class Parrot(Shareable, nn.Module):
         """
         streams = self.project(*features)
         if self._among_references:
-            return self.classifier(self.fusion(*self._with_references(streams))[:, 0])
-        return self.classifier(self.fusion(*streams))
+            return self.classifier(self.fusion(*self._with_references(streams), eps=self.epsilon())[:, 0])
+        return self.classifier(self.fusion(*streams, eps=self.epsilon()))
 
     def plan(self, *features: Tensor) -> Tensor | None:
-        """The transport plan (B, B) of a batch; None for a fusion without transport.
+        """The transport plan (B, B) of a batch, between the first two encoders; None for a fusion without transport.
 
         With ``transport="reference"``, in evaluation, the plans (B, 1 + R, 1 + R) of each row, first, with R others.
         """
         if not self.fusion.solves_transport:
             return None
         streams = self.project(*features)
-        return self.fusion.plan(*(self._with_references(streams) if self._among_references else streams))
+        streams = self._with_references(streams) if self._among_references else streams
+        return self.fusion.plan(*streams, eps=self.epsilon())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell a schedule of eps which epoch, from 1, begins."""
+        self.epsilon.set_epoch(epoch)
 
     def set_reference(self, *features: Tensor) -> None:
         """Store the rows that evaluation transports among: one (reference_size, d_k) tensor per encoder.
@@ -268,25 +250,45 @@ class SingleEncoderClassifier(Shareable, nn.Module):
         return self.classifier(self.stem(_pooled("SingleEncoderClassifier", index, features[index], self.dim)))
 
 
-def build(name: str, dims: Sequence[int], n_classes: int) -> nn.Module:
+def build(
+    name: str,
+    dims: Sequence[int | tuple[int, int]],
+    n_classes: int,
+    encoders: Sequence[str | Encoder] | None = None,
+) -> nn.Module:
     """A named system of :data:`SYSTEMS`, in the paper's configuration; every one takes ``model(*features)``.
 
     Args:
-        name: "fcn-K" or "cnn-K" (encoder K alone), "concat", "hadamard", "ot" or "parrot"; or one of :data:`VARIANTS`.
-        dims: embedding widths of all encoders.
+        name: "fcn-K" or "cnn-K" (encoder K alone), "concat", "hadamard", "ot" or "parrot"; or one of :data:`VARIANTS`;
+            "parrot-layers", which learns how to weigh the encoders' layers; or "parrot-finetuned", which trains the
+            encoders too. :func:`inputs_of` tells what each takes.
+        dims: embedding widths of all encoders; for "parrot-layers" pairs (number of hidden states, width); not read
+            for "parrot-finetuned".
         n_classes: number of classes.
+        encoders: for "parrot-finetuned" alone: the encoders, which are then trained, or specs that
+            :func:`parrot.encoders.load` takes.
 
     Raises:
-        ValueError: an unknown name, or an encoder that ``dims`` lacks.
+        ValueError: an unknown name, an encoder that ``dims`` lacks, or no encoders for "parrot-finetuned".
     """
+    if name == "parrot-layers":
+        return LayerWeighted([states for states, _ in dims], Parrot([dim for _, dim in dims], n_classes))
+    if name == "parrot-finetuned":
+        if not encoders:
+            raise ValueError(
+                "model.build: 'parrot-finetuned' trains encoders; give them, or their specs, as `encoders`."
+            )
+        widths = [(load(encoder) if isinstance(encoder, str) else encoder).embedding_dim for encoder in encoders]
+        return FineTuned(encoders, Parrot(widths, n_classes))
     head, _, number = name.partition("-")
     if name in VARIANTS:
-        return Parrot(dims, n_classes, VARIANTS[name])
+        model = FrameParrot if VARIANTS[name].transport == "frames" else Parrot
+        return model(dims, n_classes, VARIANTS[name])
     if name in FUSIONS:
         return Parrot(dims, n_classes, ParrotConfig(fusion=name))
     if head not in HEADS or not number.isdigit() or int(number) >= len(dims):
         raise ValueError(
-            f"model.build: `name` must be one of {', '.join((*SYSTEMS, *VARIANTS))}, of an encoder among the "
+            f"model.build: `name` must be one of {', '.join((*SYSTEMS, *VARIANTS, *INPUTS))}, of an encoder among the "
             f"{len(dims)} given; got {name!r}."
         )
     return SingleEncoderClassifier(dims[int(number)], n_classes, head, encoder=int(number))
@@ -295,6 +297,13 @@ def build(name: str, dims: Sequence[int], n_classes: int) -> nn.Module:
 def from_pretrained(folder_or_id: str | Path, *, download: bool = False, **options: Any) -> Any:
     """A saved model of whichever class, see :meth:`parrot.sharing.Shareable.from_pretrained`."""
     return Shareable.from_pretrained(folder_or_id, download=download, **options)
+
+
+def inputs_of(name: str) -> str:
+    """What the system ``name`` takes, one of :data:`parrot.features.KINDS`; "embeddings" for an unknown name."""
+    if name in VARIANTS and VARIANTS[name].transport == "frames":
+        return "frames"
+    return INPUTS.get(name, "embeddings")
 
 
 def _pooled(model: str, index: int, x: Tensor, dim: int) -> Tensor:

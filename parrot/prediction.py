@@ -14,7 +14,9 @@ import torch
 from parrot import encoders as registry
 from parrot import training
 from parrot.corpora.audio import AudioError, decode_waveform, read_audio_file, resample
+from parrot.features import embed_clip
 from parrot.model import from_pretrained
+from parrot.ragged import Ragged
 
 if TYPE_CHECKING:
     from parrot.encoders import Encoder
@@ -39,6 +41,7 @@ class Predictor:
 
     def __init__(self, model: Any, encoders: Sequence[Encoder]) -> None:
         self.model, self.encoders = model, list(encoders)
+        self.inputs: str = getattr(model, "inputs", "embeddings")
         self.labels: list[str] = model.description["labels"]
         self.batch_size: int = model.description["batch_size"]
         self.batch_dependent: bool = model.batch_dependent
@@ -107,14 +110,13 @@ class Predictor:
                 )
         return [self._embed(encoder, waveform) for encoder, waveform in zip(self.encoders, waveforms, strict=True)]
 
-    @torch.inference_mode()
     def _embed(self, encoder: Encoder, waveform: np.ndarray) -> np.ndarray:
-        device = next(encoder.parameters()).device
-        return encoder.embed(torch.from_numpy(waveform)[None].to(device))[0].float().cpu().numpy()
+        return waveform if self.inputs == "waveforms" else embed_clip(encoder, waveform, self.inputs)
 
-    def features(self, clips: Sequence[Clip]) -> list[np.ndarray]:
+    def features(self, clips: Sequence[Clip]) -> list[np.ndarray | Ragged]:
         """What the model takes: for each encoder the clips, one after the other."""
-        return [np.stack(rows) for rows in zip(*clips, strict=True)]
+        join: Any = Ragged.join if self.inputs in ("frames", "waveforms") else np.stack
+        return [join(rows) for rows in zip(*clips, strict=True)]
 
     def probabilities(self, clips: Sequence[Clip]) -> np.ndarray:
         """(clips, classes) float64; in batches of ``batch_size`` where predictions depend on the batch, else alone."""
@@ -127,12 +129,12 @@ class Predictor:
         """The transport plan that the first clip is answered with; None for a system without transport.
 
         (clips, clips) where predictions depend on the batch, else (points, points): the clip first, then the
-        reference set.
+        reference set; or (frames, frames) of the clip.
         """
         if not hasattr(self.model, "plan"):
             return None
         rows = self.features(clips if self.batch_dependent else clips[:1])
-        plan = self.model.plan(*map(torch.from_numpy, rows))
+        plan = self.model.plan(*(training.batch_of(matrix, slice(None), "cpu") for matrix in rows))
         if plan is None:
             return None
         return (plan[0] if plan.dim() == 3 else plan).double().numpy()

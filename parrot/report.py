@@ -30,8 +30,18 @@ FUSION_TITLES = {
     "parrot-unrolled": "PARROT, gradient through the plan",
     "parrot-unbalanced": "PARROT, unbalanced transport",
     "parrot-reference": "PARROT, transport among references",
+    "parrot-first-pairs": "PARROT, each with the first encoder",
+    "parrot-layers": "PARROT, learned layer weights",
+    "parrot-finetuned": "PARROT, fine-tuned encoders",
+    "parrot-frames": "PARROT, transport between frames",
+    "parrot-learned-eps": "PARROT, learned eps",
+    "parrot-annealed-eps": "PARROT, annealed eps",
 }
-TRANSPORTS = ("parrot", "ot", "parrot-unrolled", "parrot-unbalanced")  # systems whose predictions depend on the batch
+# Systems whose predictions depend on the batch.
+TRANSPORTS = (
+    "ot",
+    *(s for s in FUSION_TITLES if s.startswith("parrot") and s not in ("parrot-reference", "parrot-frames")),
+)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parrot.distributed import Group
-from parrot.store import StoredRows
+from parrot.ragged import Ragged, padded
+from parrot.store import StoredRows, StoredSequences
 
 if TYPE_CHECKING:
     from parrot.corpora.splits import Fold
@@ -37,6 +38,7 @@ class TrainingConfig:
         epochs: the most epochs to train.
         batch_size: rows per batch in training and in evaluation. Batch-wise transport makes it part of the model.
         learning_rate: Adam's.
+        encoder_learning_rate: Adam's for the encoders of a model that trains them.
         patience: epochs without an improvement of the validation cross-entropy after which training stops.
         min_improvement: what counts as an improvement.
         device: "auto" (CUDA if there is one), or anything ``torch.device`` takes.
@@ -45,6 +47,7 @@ class TrainingConfig:
     epochs: int = 50
     batch_size: int = 32
     learning_rate: float = 1e-3
+    encoder_learning_rate: float = 1e-5
     patience: int = 10
     min_improvement: float = 1e-6
     device: str = "auto"
@@ -54,10 +57,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"TrainingConfig: `{name}` must be an integer of at least 1; got {value!r}.")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(
-                f"TrainingConfig: `learning_rate` must be positive and finite; got {self.learning_rate!r}."
-            )
+        for name in ("learning_rate", "encoder_learning_rate"):
+            rate = getattr(self, name)
+            if not (rate > 0 and math.isfinite(rate)):
+                raise ValueError(f"TrainingConfig: `{name}` must be positive and finite; got {rate!r}.")
 
     def resolved_device(self) -> torch.device:
         """The device training runs on."""
@@ -126,7 +129,7 @@ def reproducible(seed: int, device: torch.device) -> Iterator[None]:
 
 def predict(
     model: nn.Module,
-    features: Sequence[np.ndarray | Tensor | StoredRows],
+    features: Sequence[np.ndarray | Tensor | StoredRows | Ragged],
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     group: Group | None = None,
@@ -141,23 +144,27 @@ def predict(
     model.eval()
     with torch.no_grad():
         own = [
-            model(*(_rows(f, slice(start, start + batch_size), device) for f in features)).float().cpu().numpy()
+            model(*(batch_of(f, slice(start, start + batch_size), device) for f in features)).float().cpu().numpy()
             for start in starts[group.rank :: group.size]
         ]
     parts = group.gather(own)
     return np.concatenate([parts[i % group.size][i // group.size] for i in range(len(starts))])
 
 
-def _rows(features: np.ndarray | Tensor | StoredRows, index: Any, device: str | torch.device) -> Tensor:
-    """Some rows as a float32 tensor; of features on disk, these are read."""
+def batch_of(
+    features: np.ndarray | Tensor | StoredRows | Ragged, index: Any, device: str | torch.device
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Some rows as a float32 tensor, sequences padded and with their lengths; of features on disk, these are read."""
     if not isinstance(features, Tensor) and isinstance(index, Tensor):
         index = index.cpu().numpy()
+    if isinstance(features, Ragged | StoredSequences):
+        return padded(features[index], device)
     return torch.as_tensor(features[index], dtype=torch.float32, device=device)
 
 
 def train(
     model: nn.Module,
-    features: Sequence[np.ndarray | StoredRows],
+    features: Sequence[np.ndarray | StoredRows | Ragged],
     labels: np.ndarray,
     fold: Fold,
     config: TrainingConfig | None = None,
@@ -176,7 +183,9 @@ def train(
     Args:
         model: takes one (b, d_k) float32 tensor per feature matrix, gives logits (b, n_classes).
         features: one (n, d_k) matrix per encoder, rows aligned. An array is put on the device as a whole; of rows on
-            disk (:class:`parrot.store.StoredRows`) a batch is read at a time.
+            disk (:class:`parrot.store.StoredRows`) a batch is read at a time. Or one (n, layers + 1, d_k) array; or
+            n sequences, of which the model takes pairs of a tensor (b, longest, d_k), padded with zeros, and the
+            lengths (b,).
         labels: (n,) integer classes.
         fold: row indices train, validation, test; test may be empty.
         config: the protocol; the paper's by default.
@@ -188,19 +197,23 @@ def train(
         RuntimeError: if the validation loss is not finite before any epoch has been kept.
     """
     config, group = config or TrainingConfig(), group or Group()
+    if group.size > 1 and hasattr(model, "encoders"):
+        raise ValueError(
+            f"train: encoders are trained in one process; got a group of {group.size}. Launch one, or freeze them."
+        )
     _check(features, labels, fold)
     device = config.resolved_device()
     started = time.perf_counter()
     with reproducible(seed, device):
         model.to(device)
         data = [
-            f if isinstance(f, StoredRows) else torch.as_tensor(np.asarray(f, dtype=np.float32), device=device)
+            f if isinstance(f, StoredRows | Ragged) else torch.as_tensor(np.asarray(f, dtype=np.float32), device=device)
             for f in features
         ]
         targets = torch.as_tensor(np.asarray(labels, dtype=np.int64), device=device)
         if getattr(getattr(model, "config", None), "transport", None) == "reference":
             chosen = _reference_rows(fold.train, model.config.reference_size, seed)
-            model.set_reference(*(_rows(d, chosen, device) for d in data))
+            model.set_reference(*(batch_of(d, chosen, device) for d in data))
         history, best_epoch = _fit(model, data, targets, fold, config, seed, group)
         test = _part(data, fold.test)
         if len(fold.test):
@@ -208,18 +221,33 @@ def train(
         else:
             logits = np.zeros((0, 0), dtype=np.float32)
         first = slice(config.batch_size)
-        plan = transport_plan(model, [_rows(t, first, device) for t in test]) if len(fold.test) else None
+        plan = transport_plan(model, [batch_of(t, first, device) for t in test]) if len(fold.test) else None
     return TrainingResult(history, best_epoch, logits, plan, time.perf_counter() - started)
 
 
-def _part(data: list[Tensor | StoredRows], rows: np.ndarray) -> list[Tensor | StoredRows]:
+def _parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    encoders = getattr(model, "encoders", None)
+    if encoders is None:
+        return [{"params": list(model.parameters())}]
+    theirs = list(encoders.parameters())
+    known = {id(parameter) for parameter in theirs}
+    return [
+        {"params": [parameter for parameter in model.parameters() if id(parameter) not in known]},
+        {"params": theirs, "lr": config.encoder_learning_rate},
+    ]
+
+
+def _part(data: list[Tensor | StoredRows | Ragged], rows: np.ndarray) -> list[Tensor | StoredRows | Ragged]:
     rows = np.asarray(rows, dtype=np.int64)
-    return [d.select(rows) if isinstance(d, StoredRows) else d[torch.as_tensor(rows, device=d.device)] for d in data]
+    return [
+        d.select(rows) if isinstance(d, StoredRows | Ragged) else d[torch.as_tensor(rows, device=d.device)]
+        for d in data
+    ]
 
 
 def _fit(
     model: nn.Module,
-    data: list[Tensor | StoredRows],
+    data: list[Tensor | StoredRows | Ragged],
     targets: Tensor,
     fold: Fold,
     config: TrainingConfig,
@@ -232,7 +260,7 @@ def _fit(
     held_out = torch.as_tensor(np.asarray(fold.validation, dtype=np.int64), device=device)
     validation, validation_targets = _part(data, fold.validation), targets[held_out].cpu()
     used = len(rows) - len(rows) % config.batch_size if len(rows) > config.batch_size else len(rows)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(_parameter_groups(model, config), lr=config.learning_rate, fused=True)
     history: dict[str, list[float]] = {"train_loss": [], "validation_loss": [], "validation_accuracy": []}
     best_loss, best_epoch, best_weights = math.inf, 0, None
     trained = group.parallel(model)
@@ -240,11 +268,13 @@ def _fit(
 
     for epoch in range(1, config.epochs + 1):
         model.train()
+        if hasattr(model, "set_epoch"):
+            model.set_epoch(epoch)
         order = rows[torch.randperm(len(rows), generator=shuffle)][:used].to(device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for batch in order.split(config.batch_size):
             optimizer.zero_grad()
-            loss = F.cross_entropy(trained(*(_rows(d, batch, device) for d in data)), targets[batch])
+            loss = F.cross_entropy(trained(*(batch_of(d, batch, device) for d in data)), targets[batch])
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
@@ -276,7 +306,7 @@ def _reference_rows(train: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def batch_sensitivity(
-    model: nn.Module, features: Sequence[np.ndarray], batch_size: int = 32, orders: int = 5, seed: int = 0
+    model: nn.Module, features: Sequence[np.ndarray | Ragged], batch_size: int = 32, orders: int = 5, seed: int = 0
 ) -> float:
     """Share of rows whose predicted class is not the same in every one of ``orders`` random orders of the rows.
 
@@ -286,7 +316,9 @@ def batch_sensitivity(
     for _ in range(orders):
         order = random.permutation(len(features[0]))
         predictions = np.empty(len(order), dtype=np.int64)
-        predictions[order] = predict(model, [f[order] for f in features], batch_size).argmax(axis=1)
+        predictions[order] = predict(
+            model, [f.select(order) if isinstance(f, Ragged) else f[order] for f in features], batch_size
+        ).argmax(axis=1)
         found.append(predictions)
     return float((np.stack(found) != found[0]).any(axis=0).mean())
 
@@ -299,7 +331,7 @@ def transport_plan(model: nn.Module, batch: Sequence[Tensor]) -> np.ndarray | No
     model.eval()
     with torch.no_grad():
         plan = plan_of(*batch)
-    return None if plan is None or plan.dim() > 2 else plan.float().cpu().numpy().reshape(len(batch[0]), -1)
+    return None if plan is None or plan.dim() > 2 else plan.float().cpu().numpy()
 
 
 def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> None:
@@ -307,12 +339,17 @@ def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> No
         raise ValueError("train: `features` must hold at least one matrix; got none.")
     n = len(labels)
     for k, matrix in enumerate(features):
-        if matrix.ndim != 2 or matrix.shape[0] != n:
+        sequences = isinstance(matrix, Ragged | StoredSequences)
+        if len(matrix) != n or not (sequences or matrix.ndim in (2, 3)):
             raise ValueError(
                 f"train: `features[{k}]` must be of shape (n, d) with n = {n}, one row per label; got {matrix.shape}."
             )
         for start in range(0, n, 1 << 14):
-            finite = np.isfinite(matrix[start : start + (1 << 14)]).all(axis=1)
+            rows = matrix[start : start + (1 << 14)]
+            if sequences:
+                finite = np.array([np.isfinite(row).all() for row in rows], dtype=bool)
+            else:
+                finite = np.isfinite(rows).all(axis=tuple(range(1, matrix.ndim)))
             if not finite.all():
                 bad = start + int(np.flatnonzero(~finite)[0])
                 raise ValueError(

@@ -51,6 +51,14 @@ class TinyEncoder(nn.Module):
         self.calls += 1
         return nn.functional.conv1d(waveforms[:, None], self.weight, stride=32).tanh().mean(-1)
 
+    def frames(self, waveforms: torch.Tensor, lengths=None) -> tuple[torch.Tensor, torch.Tensor]:
+        found = nn.functional.conv1d(waveforms[:, None], self.weight, stride=32).tanh().transpose(1, 2)
+        return found, torch.full((len(found),), found.shape[1])
+
+    def hidden_states(self, waveform: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        frames = self.frames(waveform[None])[0][0]
+        return frames, 2 * frames
+
 
 class MaskingEncoder(TinyEncoder):
     """Takes clips of different lengths at once; notes the lengths."""
@@ -536,3 +544,28 @@ def test_a_compiled_encoder_gives_what_the_plain_one_gives(corpus, cache, monkey
 def test_ways_that_there_are_not(options):
     with pytest.raises(ValueError, match="Extraction: `"):
         Extraction(**options)
+
+
+@pytest.mark.parametrize("kind", ["frames", "layers"])
+def test_other_kinds_of_features(corpus, tmp_path, kind):
+    encoder, embedded = TinyEncoder(), extract(corpus, TinyEncoder(), tmp_path / "cache", False)
+    table = extract(corpus, encoder, tmp_path / "cache", False, kind=kind)
+    assert np.array_equal(table.indices, embedded.indices)
+    assert table.hashes == embedded.hashes
+    assert table.reused == 0
+    for got, mean, utterance in zip(table.rows[:], embedded.values, corpus.utterances, strict=True):
+        waveform = soundfile.read(utterance.path, dtype="float32")[0]
+        frames = encoder.frames(torch.from_numpy(waveform)[None])[0][0].detach().numpy()
+        assert got.shape == (frames.shape if kind == "frames" else (2, DIM))
+        np.testing.assert_allclose(got if kind == "frames" else got[0], frames if kind == "frames" else mean, atol=1e-6)
+        assert np.array_equal(features.embed_clip(encoder, waveform, kind), got)
+    again = extract(corpus, encoder, tmp_path / "cache", False, kind=kind)
+    assert again.reused == len(corpus)
+    assert all(np.array_equal(a, b) for a, b in zip(again.rows[:], table.rows[:], strict=True))
+
+
+def test_an_unknown_kind_is_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match="`kind` must be one of embeddings, frames, layers; got 'tokens'"):
+        extract(corpus, TinyEncoder(), tmp_path, False, kind="tokens")
+    with pytest.raises(ValueError, match="embeddings, which alone are compiled; got 'frames'"):
+        extract(corpus, TinyEncoder(), tmp_path, False, how=features.Extraction(compile=True), kind="frames")

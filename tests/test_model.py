@@ -250,12 +250,16 @@ def test_variants_change_one_thing_each():
     loss = F.cross_entropy(paper(*features), torch.arange(16) % CLASSES)
     gradient = torch.autograd.grad(loss, paper.streams[0][1].weight)[0]
     for name in VARIANTS:
+        if name in ("parrot-frames", "parrot-first-pairs"):  # another architecture; the same with two encoders
+            continue
         model = build(name, DIMS, CLASSES).double().eval()
         model.load_state_dict(weights, strict=False)
         if name == "parrot-reference":
             model.set_reference(*batch(31))
         logits = model(*features)
-        assert torch.equal(logits, paper(*features)) == (name == "parrot-unrolled")
+        assert torch.allclose(logits, paper(*features), rtol=1e-6) == (
+            name in ("parrot-unrolled", "parrot-learned-eps")
+        )
         loss = F.cross_entropy(logits, torch.arange(16) % CLASSES)
         assert (torch.autograd.grad(loss, model.streams[0][1].weight)[0] - gradient).abs().max() > 1e-9
 
@@ -266,10 +270,11 @@ def test_variants_change_one_thing_each():
         (lambda: build("attention", DIMS, 4), r"`name` must be one of fcn-0, .*parrot.*got 'attention'"),
         (lambda: build("cnn-2", DIMS, 4), "among the 2 given; got 'cnn-2'"),
         (lambda: build("fcn-", DIMS, 4), "got 'fcn-'"),
-        (lambda: Parrot((37,), 4), r"widths of two encoders; got \[37\]"),
+        (lambda: Parrot((37,), 4), r"widths of two or more encoders; got \[37\]"),
         (lambda: Parrot((37, 3), 4), "`dim` must be at least 4, two poolings halve it; got 3"),
         (lambda: ParrotConfig(fusion="sum"), "`fusion` must be one of concat, hadamard, ot, parrot; got 'sum'"),
-        (lambda: ParrotConfig(transport="all"), "`transport` must be one of batch, reference; got 'all'"),
+        (lambda: ParrotConfig(pairs="last"), "`pairs` must be one of all, first; got 'last'"),
+        (lambda: ParrotConfig(transport="all"), "`transport` must be one of batch, reference, frames; got 'all'"),
         (lambda: Parrot(DIMS, 4).set_reference(*batch(31)), "`transport` must be 'reference'"),
         (
             lambda: build("parrot-reference", DIMS, 4).set_reference(*batch(3)),
@@ -288,7 +293,7 @@ def test_variants_change_one_thing_each():
         ),
         (
             lambda: Parrot(DIMS, 4)(torch.zeros(2, 37), torch.zeros(3, 20)),
-            r"the same rows from both encoders; got \[2, 3\] rows",
+            r"the same rows from all encoders; got \[2, 3\] rows",
         ),
         (lambda: build("fcn-1", DIMS, 4)(torch.zeros(2, 37)), r"feature tensor 0 must be \(B, 20\)"),
         (lambda: build("fcn-1", DIMS, 4)(), "wanted the tensor of encoder 1, alone or among all; got 0 tensors"),
@@ -312,3 +317,50 @@ def test_fusions_are_the_parts_of_one_module():
         "ot": True,
         "parrot": True,
     }
+
+
+THREE = (37, 20, 12)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("parrot", 12), ("ot", 9), ("hadamard", 3), ("concat", 3)])
+def test_three_encoders(name, parts):
+    """Each pair's row by the transcription of two encoders, every stream once."""
+    model = build(name, THREE, CLASSES).double().eval()
+    features = [torch.randn(9, dim, dtype=torch.float64) for dim in THREE]
+    streams, n = model.project(*features), 9
+    row = []
+    for k, l in ((0, 1), (0, 2), (1, 2)):
+        p, q = streams[k], streams[l]
+        plan = paper_plan(p, q)
+        pair = {"hadamard": p * q, "x_to_y": n * plan.T @ p, "y": q, "y_to_x": n * plan @ q, "x": p}
+        if k == 1:
+            del pair["y"]
+        if (k, l) != (0, 1):
+            del pair["x"]
+        row += [pair[part] for part in FUSIONS[name] if part in pair]
+    want = classified(torch.cat(row, 1), dict(model.named_parameters()))
+    assert (model(*features) - want).abs().max() <= 1e-9
+    filters, p, h = (64, 128), 120, 128
+    size = sum(4 * 64 + 3 * 64 * 128 + 128 + filters[1] * (dim // 4) * p + p for dim in THREE)
+    assert sum(w.numel() for w in model.parameters()) == size + h * (parts * p + 1) + CLASSES * (h + 1)
+    if model.fusion.solves_transport:
+        assert (model.plan(*features) - paper_plan(*streams[:2])).abs().max() <= 1e-9
+
+
+def test_pairs_with_the_first_encoder():
+    assert build("parrot-first-pairs", THREE, CLASSES).fusion.width(1) == 9
+    torch.manual_seed(0)
+    paper = build("parrot", DIMS, CLASSES).double().eval()
+    torch.manual_seed(0)
+    first = build("parrot-first-pairs", DIMS, CLASSES).double().eval()
+    features = batch(5)
+    assert torch.equal(paper(*features), first(*features))
+
+
+def test_a_reference_set_of_three_encoders():
+    torch.manual_seed(0)
+    model = Parrot(THREE, CLASSES, ParrotConfig(transport="reference", reference_size=5)).double()
+    model.set_reference(*(torch.randn(5, dim, dtype=torch.float64) for dim in THREE))
+    features = [torch.randn(4, dim, dtype=torch.float64) for dim in THREE]
+    logits = model.eval()(*features)
+    assert (model(*(x[2:3] for x in features))[0] - logits[2]).abs().max() <= 1e-12

@@ -17,11 +17,12 @@ def run(args: argparse.Namespace) -> int:
     import runpy
 
     from parrot import corpora, encoders
-    from parrot.model import SYSTEMS
+    from parrot.model import INPUTS, SYSTEMS, VARIANTS
 
     print("encoders  " + ", ".join(encoders.available()))
     print("corpora   " + ", ".join(corpora.available()))
-    print("systems   " + ", ".join(SYSTEMS) + "\n")
+    print("systems   " + ", ".join(SYSTEMS))
+    print("          " + ", ".join((*VARIANTS, *INPUTS)) + "\n")
     try:
         runpy.run_module("parrot_kernels", run_name="__main__")  # the doctor
     except SystemExit as exit:

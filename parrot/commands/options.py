@@ -67,6 +67,13 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folds", type=int, default=5, metavar="N", help="speaker-disjoint folds (%(default)s)")
     parser.add_argument("--epochs", type=int, default=50, metavar="N", help="the most epochs (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="clips in a batch (%(default)s)")
+    parser.add_argument(
+        "--encoder-learning-rate",
+        type=float,
+        default=1e-5,
+        metavar="X",
+        help="where encoders are trained (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of folds and training (%(default)s)")
     parser.add_argument(
         "--workers",
@@ -84,7 +91,10 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
         raise ValueError(f"--seed must be 0 or more; got {args.seed}.")
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers must be 1 or more; got {args.workers}.")
-    config = TrainingConfig(epochs=args.epochs, batch_size=args.batch_size, device=args.device)
+    config = TrainingConfig(
+        epochs=args.epochs, batch_size=args.batch_size, device=args.device,
+        encoder_learning_rate=args.encoder_learning_rate,
+    )  # fmt: skip
     config.resolved_device()
     return config
 

@@ -121,7 +121,7 @@ def _data(corpus, streams: Sequence[Stream], encoders: Sequence, cache: Path, ho
     rows, _, features, failures = embed_corpus(corpus, encoders, cache, how)
     return CorpusData(
         corpus.name,
-        {stream.name: matrix for stream, matrix in zip(streams, features, strict=True)},
+        {stream.name: matrix for stream, matrix in zip(streams, features["embeddings"], strict=True)},
         corpus.targets[rows],
         tuple(corpus.speakers[row] for row in rows),
         corpus.labels,

@@ -21,7 +21,10 @@ DESCRIPTION = """\
 Cross-validate systems on a corpus over speaker-disjoint folds, report, and train one of them on all speakers as a
 model for `parrot predict`. The systems: fcn-K and cnn-K (encoder K alone, from 0), concat, hadamard, ot, parrot.
 Beyond the paper: parrot-unrolled (gradient through the plan), parrot-unbalanced, and parrot-reference (a prediction
-does not depend on the other clips of its batch: each clip is transported among stored training clips).
+does not depend on the other clips of its batch: each clip is transported among stored training clips), parrot-frames
+(nor does it here: transport between the frames of the clip), parrot-learned-eps, parrot-annealed-eps, parrot-layers
+(learned weights of the encoders' layers), parrot-finetuned (the encoders are trained too). Three or more encoders are
+fused in all pairs, by parrot-first-pairs each with the first.
 
 Processes started by accelerate or torchrun share each run: batches stay as they are, figures agree with those of one
 process up to rounding. For many short runs on one machine --workers is faster."""
@@ -38,7 +41,7 @@ def add_parser(commands: Subparsers) -> None:
     parser = new_command(commands, "train", run, "cross-validate, report, and save a model", DESCRIPTION, EXAMPLES)
     corpus_option(parser)
     parser.add_argument(
-        "--encoders", required=True, nargs="+", metavar="SPEC", help="one or two; see `parrot info` for what there is"
+        "--encoders", required=True, nargs="+", metavar="SPEC", help="one or more; see `parrot info` for what there is"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="report and model go here (runs/NAME)")
     parser.add_argument(

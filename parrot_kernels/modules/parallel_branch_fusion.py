@@ -53,21 +53,23 @@ class ParallelBranchFusion(nn.Module):
         """Features out for ``dim`` features in."""
         return len(self.parts) * dim
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, *, eps: float | Tensor | None = None) -> Tensor:
         """Fuse x and y, both (N, D) or a batch of independent problems (B, N, D), into (..., N, len(parts) * D).
 
-        By :func:`parrot_kernels.parallel_branch_fusion` where there is a transported part.
+        ``eps``, if given, is the regularisation of this call: a number or a tensor, () or (B,). By :func:`parrot_kernels.parallel_branch_fusion` where there is a transported part.
         """
         if self.solves_transport:
             options = {name: value for name, value in self.transport.options.items() if "return" not in name}
+            if eps is not None:
+                options["eps"] = eps
             return parallel_branch_fusion(x, y, parts=self.parts, **options)
         if x.shape != y.shape:
             raise checks.error("ParallelBranchFusion", "y", f"of x's shape {tuple(x.shape)}", tuple(y.shape))
         return torch.cat([x * y if part == "hadamard" else x if part == "x" else y for part in self.parts], dim=-1)
 
-    def plan(self, x: Tensor, y: Tensor) -> Tensor:
-        """The transport plan (..., N, N) between the rows of x and of y."""
-        return self.transport(x, y, return_plan=True).plan
+    def plan(self, x: Tensor, y: Tensor, *, eps: float | Tensor | None = None) -> Tensor:
+        """The transport plan (..., N, N) between the rows of x and of y; ``eps`` as of a call."""
+        return self.transport(x, y, return_plan=True, **({} if eps is None else {"eps": eps})).plan
 
     def extra_repr(self) -> str:
         return f"parts={self.parts}"
