@@ -91,7 +91,7 @@ class Matrix:
 
     def build_sdist(self, log: Log) -> str:
         self.sdist = build_sdist(log)
-        return f"{self.sdist.name}, {self.sdist.stat().st_size / 1e6:.2f} MB"
+        return f"{self.sdist.stat().st_size / 1e6:.2f} MB"
 
     def build_wheel(self, log: Log, kind: str, version: str, expected: dict[str, bool], **variables: str) -> str:
         if self.sdist is None:
@@ -108,7 +108,7 @@ class Matrix:
         if {key: info[key] for key in expected} != expected:
             raise Failed(f"built {info}")
         self.wheels[f"{kind}-{version}"] = wheel
-        return f"{wheel.name}, {wheel.stat().st_size / 1e6:.2f} MB"
+        return f"{wheel.stem.split('-', 2)[2]}, {wheel.stat().st_size / 1e6:.2f} MB"
 
     def interpreter(self, version: str) -> str:
         if self.pythons[version] is None:
