@@ -104,11 +104,13 @@ class Shareable(
             "description": getattr(self, "description", {}),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
-        document = (json.dumps(config, indent=2) + "\n").encode()  # before anything is written: it may fail
+        # Before anything is written, since these may fail
+        document = (json.dumps(config, indent=2) + "\n").encode()
+        card = self.card or (None if (folder / CARD).exists() else plain_card(config))
         write_atomically(folder / WEIGHTS, weights)
         write_atomically(folder / CONFIG, document)
-        if self.card or not (folder / CARD).exists():
-            write_atomically(folder / CARD, (self.card or plain_card(config)).encode())
+        if card is not None:
+            write_atomically(folder / CARD, card.encode())
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or folder.name, **options)

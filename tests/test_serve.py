@@ -64,7 +64,7 @@ def served():
 
     def serve(predictor, among=()):
         pages.append(app.page(predictor, among))
-        return app.launch(pages[-1], free_port(), block=False)
+        return app.launch(pages[-1], free_port())
 
     yield serve
     for page in pages:
@@ -144,6 +144,17 @@ def test_wrong_use(folder, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken(folder, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert main(["serve", "--model", str(folder / "fcn-0"), "--port", port]) == 2
+    out, err = capsys.readouterr()
+    assert port in err
+    assert "Page" not in out
+
+
 def test_without_gradio_the_message_says_what_to_install(folder):
     program = (
         "import sys; sys.modules['gradio'] = None\n"
@@ -152,7 +163,7 @@ def test_without_gradio_the_message_says_what_to_install(folder):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "pip install 'parrot-kernels[train,app]'" in done.stderr
+    assert "pip install 'parrot-kernels[app]'" in done.stderr
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from .predict import model_options
 DESCRIPTION = """\
 Serve a page that takes a recording, uploaded or from the microphone, and shows class probabilities, the waveform and
 the transport plan. It listens on this machine alone, makes no public link and reports nothing to anyone. Needs the
-extra `app`: pip install 'parrot-kernels[train,app]'."""
+extra `app`: pip install 'parrot-kernels[app]'."""
 
 EXAMPLES = """\
 examples:
@@ -41,11 +41,12 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise ValueError("the page needs Gradio. Install it: pip install 'parrot-kernels[train,app]'") from None
+        raise ValueError("the page needs Gradio. Install it: pip install 'parrot-kernels[app]'") from None
     predictor = Predictor.load(args.model, args.encoders, device=args.device, download=args.download)
-    blocks = app.page(predictor, _others(predictor, args.among) if args.among else ())
-    print(f"Page     http://127.0.0.1:{args.port} (Ctrl-C ends it)", flush=True)
-    app.launch(blocks, args.port)
+    others = _others(predictor, args.among) if args.among and predictor.batch_dependent else ()
+    page = app.page(predictor, others)
+    print(f"Page     {app.launch(page, args.port)} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
     return 0
 
 
