@@ -62,7 +62,8 @@ def run_card(description: dict[str, Any], results: CrossValidation, experiment: 
         **_common(),
     )  # fmt: skip
     config, sizes = results.config, results.fold_sizes
-    tested = [size["test"] for size in sizes]
+    counts = [fold["test"] for fold in sizes]
+    tested = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     encoders = [
         [
             e["name"], f"`{e['spec']}`", f"{e['embedding_dim']}", f"{e['sample_rate']} Hz, {e['normalisation']}",
@@ -88,7 +89,7 @@ def run_card(description: dict[str, Any], results: CrossValidation, experiment: 
         "## Data and protocol",
         f"{experiment.utterances} utterances of {experiment.speakers} speakers of {experiment.corpus}; "
         f"{len(experiment.failures)} could not be used. The figures are those of a cross-validation over {len(sizes)} "
-        f"speaker-disjoint folds ({'–'.join(map(str, sorted({min(tested), max(tested)})))} clips tested in each), seed {results.seed}: at most "
+        f"speaker-disjoint folds ({tested} clips tested in each), seed {results.seed}: at most "
         f"{config.epochs} epochs, batches of {config.batch_size}, Adam at {config.learning_rate:g}, early stopping on "
         f"validation speakers after {config.patience} epochs. The weights here are those of one more run that trained "
         "on all speakers but the held-out validation speakers, so they themselves were not tested.",
