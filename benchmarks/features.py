@@ -4,7 +4,7 @@
     python -m benchmarks.features --processes 1 2 --encoders ssam-demo hubert-demo
 
 Clips of noise, 2 to 4 s, go through `parrot.features.extract` into an empty store: reading, hashing, decoding,
-embedding, writing and the wait for the slowest process count; starting and loading the encoder do not. The base
+embedding, writing, and the wait for the slowest process; starting and loading the encoder do not. The base
 encoders have their published sizes and random weights. Rows go to the results of the device.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -88,26 +89,27 @@ def passes(names: list[str], way: str, samples: int, folder: Path) -> None:
             )
 
 
-def measure(names: list[str], processes: int, way: str, samples: int, folder: Path) -> list[dict]:
+def measure(names: list[str], processes: int, way: str, samples: int, folder: Path) -> Iterator[dict]:
     threads = max(1, usable_cores() // processes)
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "benchmarks.features", "--child", way, str(samples), str(folder), "--encoders", *names]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found = []
-    for line in done.stdout.splitlines():
-        result = json.loads(line)
-        p20, p50, p80 = np.quantile(result["seconds"], (0.2, 0.5, 0.8))
-        found.append(
-            {"op": "features", "provider": "parrot.features", "mode": "extract", "dtype": way,
-             "shape": f"{result['encoder']}, {result['clips']} clips", "processes": processes, "threads": threads,
-             "p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80, "samples": len(result["seconds"]),
-             "hours_per_minute": result["audio"] / 60 / p50, "peak_mib": None}
-        )  # fmt: skip
-        print(f"{processes} x {threads} threads, {way}: {result['encoder']}: {found[-1]['hours_per_minute']:.3g} h/min")
-    return found
+    with subprocess.Popen(command, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        for line in running.stdout:
+            result = json.loads(line)
+            p20, p50, p80 = np.quantile(result["seconds"], (0.2, 0.5, 0.8))
+            hours = result["audio"] / 60 / p50
+            print(f"{processes} x {threads} threads, {way}: {result['encoder']}: {hours:.3g} h/min", flush=True)
+            yield {
+                "op": "features", "provider": "parrot.features", "mode": "extract", "dtype": way,
+                "shape": f"{result['encoder']}, {result['clips']} clips", "processes": processes, "threads": threads,
+                "p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80, "samples": len(result["seconds"]),
+                "hours_per_minute": hours, "peak_mib": None,
+            }  # fmt: skip
+    if running.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {running.returncode}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,8 +130,8 @@ def main(argv: list[str] | None = None) -> int:
                "versions": machine.versions("transformers", "accelerate")}  # fmt: skip
     for processes in arguments.processes:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(arguments.encoders, processes, arguments.way, arguments.samples, Path(folder))
-        rows.append(({**row, **context} for row in found), arguments.results / f"{device}.jsonl")
+            for row in measure(arguments.encoders, processes, arguments.way, arguments.samples, Path(folder)):
+                rows.append([{**row, **context}], arguments.results / f"{device}.jsonl")
     return 0
 
 

@@ -1,6 +1,6 @@
 """A million utterances in the feature store: building, opening, and the batches of one training epoch.
 
-    python -m benchmarks.store --folder DIR     # needs 64 values x 4 bytes x 1,000,000 = 256 MB there, and removes it
+    python -m benchmarks.store --folder DIR     # needs 1 GB there, and removes it
 
 Every phase runs in a process of its own, whose peak of resident memory is told; the peak of a process that has only
 imported what is needed is told beside. Batches are read from a warm page cache unless memory is short.
@@ -63,7 +63,7 @@ def phase(name: str, folder: Path, n: int, dim: int) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured (the system's temporary folder)")
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

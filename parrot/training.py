@@ -360,9 +360,10 @@ def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> No
             f"train: `labels` must be integer classes from 0; got {np.asarray(labels).dtype}. "
             "Number the sorted label names."
         )
-    seen: dict[int, str] = {}
-    for part in ("train", "validation", "test"):
-        indices = np.asarray(getattr(fold, part))
+    parts = ("train", "validation", "test")
+    owner = np.full(n, -1, dtype=np.int8)
+    for number, part in enumerate(parts):
+        indices = np.asarray(getattr(fold, part), dtype=np.int64)
         if not len(indices) and part != "test":
             raise ValueError(f"train: `fold.{part}` is empty. More speakers are needed, or fewer folds.")
         if len(indices) and (indices.min() < 0 or indices.max() >= n):
@@ -370,9 +371,12 @@ def _check(features: Sequence[np.ndarray], labels: np.ndarray, fold: Fold) -> No
                 f"train: `fold.{part}` must be row indices from 0 to {n - 1}; "
                 f"got {indices.min()} to {indices.max()}. Make the folds for these features."
             )
-        for row in indices.tolist():
-            if row in seen:
-                raise ValueError(
-                    f"train: row {row} is in `fold.{seen[row]}` and in `fold.{part}`. Parts must be disjoint."
-                )
-            seen[row] = part
+        if (shared := indices[owner[indices] >= 0]).size:
+            raise ValueError(
+                f"train: row {shared[0]} is in `fold.{parts[owner[shared[0]]]}` and in `fold.{part}`. "
+                "Parts must be disjoint."
+            )
+        owner[indices] = number
+        if np.count_nonzero(owner == number) < len(indices):
+            rows, counts = np.unique(indices, return_counts=True)
+            raise ValueError(f"train: row {rows[counts > 1][0]} is in `fold.{part}` twice. Name each row once.")
