@@ -68,7 +68,7 @@ def corpus(folder: Path, clips: int):
 
 def passes(names: list[str], way: str, samples: int, folder: Path) -> None:
     """What each process does: print, as the main one, the seconds of every pass."""
-    from parrot.distributed import join
+    from parrot.distributed import join, leave
     from parrot.features import Extraction, extract
 
     group = join("cpu")
@@ -87,6 +87,7 @@ def passes(names: list[str], way: str, samples: int, folder: Path) -> None:
             print(
                 json.dumps({"encoder": name, "audio": audio, "clips": len(clips), "seconds": measured[1:]}), flush=True
             )
+    leave()
 
 
 def measure(names: list[str], processes: int, way: str, samples: int, folder: Path) -> Iterator[dict]:

@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         warnings.showwarning = showwarning
+        if launched():
+            from parrot import distributed
+
+            distributed.leave()
 
 
 def _explain(error: Exception) -> str:

@@ -110,8 +110,19 @@ class _Gather(torch.autograd.Function):
         return ctx.size * gradient[ctx.place], None, None, None
 
 
+def leave() -> None:
+    """Leave the group, if this process joined one; call it before the process ends, also after an error.
+
+    A process that ends with its group's threads still running may be aborted by them.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def join(device: str = "auto") -> Group:
     """The group of processes this one was started in; call it once, before anything is put on a device.
+
+    What joined must :func:`leave`.
 
     Args:
         device: "cpu" communicates by gloo; otherwise by NCCL where there is CUDA, one device per process.

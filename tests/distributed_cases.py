@@ -16,7 +16,7 @@ from test_features import MaskingEncoder, TinyEncoder, make_corpus
 from parrot import features, model
 from parrot.corpora import Corpus
 from parrot.corpora.splits import Fold
-from parrot.distributed import Group, join
+from parrot.distributed import Group, join, leave
 from parrot.evaluation import cross_validate
 from parrot.features import Extraction, FeatureTable, extract
 from parrot.training import TrainingConfig, train
@@ -140,4 +140,4 @@ if __name__ == "__main__":
     {case.__name__: case for case in (extraction, separate_folders, killed, training, double, cross_validation)}[
         sys.argv[1]
     ](Path(sys.argv[2]), join("cpu"))
-    torch.distributed.destroy_process_group()
+    leave()
