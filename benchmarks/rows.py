@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 RESULTS = Path(__file__).with_name("results")
 OURS = "parrot_kernels"
 MODES = {"forward": "forward", "both": "forward + backward"}
@@ -25,6 +27,26 @@ def append(rows: Iterable[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def of_samples(
+    op: str,
+    mode: str,
+    shape: str,
+    samples: dict[str, np.ndarray],
+    errors: dict[str, float],
+    peaks: dict[str, float | None] | None = None,
+) -> list[dict]:
+    """A row for each provider, from its seconds."""
+    found = []
+    for name, values in samples.items():
+        p20, p50, p80 = (float(q) for q in np.quantile(values, (0.2, 0.5, 0.8)) * 1e3)
+        found.append(
+            {"op": op, "provider": name, "mode": mode, "shape": shape, "dtype": "float32", "p20_ms": p20,
+             "p50_ms": p50, "p80_ms": p80, "samples": len(values), "error": errors[name],
+             "peak_mib": (peaks or {}).get(name)}
+        )  # fmt: skip
+    return found
 
 
 def is_ours(row: dict) -> bool:

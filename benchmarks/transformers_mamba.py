@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,15 +111,9 @@ def main(argv: list[str] | None = None) -> int:
         first = {name: call() for name, call in works.items()}
         want = first["transformers' slow path"].double()
         samples = timing.interleaved(works, "cpu", arguments.seconds)
-        measured = []
-        for name, values in samples.items():
-            p20, p50, p80 = (float(q) for q in np.quantile(values, (0.2, 0.5, 0.8)) * 1e3)
-            error = ((first[name].double() - want).abs().max() / want.abs().max()).item()
-            measured.append(
-                {"op": "transformers_mamba", "provider": name, "mode": mode, "shape": MODES[mode], "dtype": "float32",
-                 "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": len(values), "error": error,
-                 "peak_mib": peak_mib(name) if mode == "forward" else None}
-            )  # fmt: skip
+        errors = {n: ((got.double() - want).abs().max() / want.abs().max()).item() for n, got in first.items()}
+        peaks = {name: peak_mib(name) for name in works} if mode == "forward" else None
+        measured = rows.of_samples("transformers_mamba", mode, MODES[mode], samples, errors, peaks)
         run.show(measured)
         if not arguments.no_save:
             rows.append(({**row, **context} for row in measured), rows.RESULTS / f"{device}.jsonl")

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import compare, machine, plot, rows, run, startup, sweeps, table, targets, timing
+from benchmarks import compare, end_to_end, machine, plot, rows, run, startup, sweeps, table, targets, timing
 from parrot import cli
 from parrot.commands import bench
 
@@ -218,3 +218,17 @@ def test_parrot_bench_forwards_and_says_where_benchmarks_are_missing(monkeypatch
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     assert cli.main(["bench"]) == 2
     assert "checkout of the source" in capsys.readouterr().err
+
+
+def test_the_two_ways_of_embedding_agree():
+    pytest.importorskip("transformers")
+    works = end_to_end.embedding(samples=16_000, layers=1)
+    ours, plain = (work() for work in works.values())
+    assert ours.shape == (1, 3840 + 768)
+    assert (ours - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+def test_training_steps_learn():
+    for step in end_to_end.training_step(batch=4, dims=(64, 48)).values():
+        first = step()
+        assert min(step() for _ in range(20)) < first
