@@ -74,8 +74,8 @@ constexpr double kBalanced = std::numeric_limits<double>::infinity();
 #define SINKHORN_FORWARD_PARAMETERS                                                                                   \
     TensorView x, TensorView y, Optional a, Optional b, Optional x_lengths, Optional y_lengths, Optional cost_matrix, \
         TensorView eps, const std::string &cost, std::optional<double> cost_scale, int n_iters,                       \
-        std::optional<double> tol, std::optional<double> rho_x, std::optional<double> rho_y, TensorView x_to_y,       \
-        TensorView y_to_x, Optional x_hadamard, Optional y_hadamard, TensorView f, TensorView g, Optional plan,       \
+        std::optional<double> tol, std::optional<double> rho_x, std::optional<double> rho_y, Optional x_to_y,         \
+        Optional y_to_x, Optional x_hadamard, Optional y_hadamard, TensorView f, TensorView g, Optional plan,         \
         TensorView transport_cost, TensorView error, TensorView iterations, TensorView converged, TensorView scale,   \
         Optional f_history, Optional g_history
 #define SINKHORN_FORWARD_ARGUMENTS                                                                                     \
@@ -90,7 +90,8 @@ constexpr double kBalanced = std::numeric_limits<double>::infinity();
     p.cost_matrix = given(cost_matrix), p.eps = eps, p.cost = cost_kind(cost),                                        \
     p.cost_scale = cost_scale.value_or(0.0);                                                                          \
     p.n_iters = n_iters, p.tol = tol.value_or(-1.0), p.rho_x = rho_x.value_or(kBalanced);                             \
-    p.rho_y = rho_y.value_or(kBalanced), p.x_to_y = x_to_y, p.y_to_x = y_to_x, p.x_hadamard = given(x_hadamard);      \
+    p.rho_y = rho_y.value_or(kBalanced), p.x_to_y = given(x_to_y), p.y_to_x = given(y_to_x),                          \
+    p.x_hadamard = given(x_hadamard);                                                                                 \
     p.y_hadamard = given(y_hadamard), p.f = f, p.g = g, p.plan = given(plan), p.transport_cost = transport_cost;      \
     p.error = error, p.iterations = iterations, p.converged = converged, p.scale = scale;                             \
     p.f_history = given(f_history), p.g_history = given(g_history)
@@ -148,25 +149,31 @@ void bind_sinkhorn_hadamard(py::module_& m) {
 #ifdef PARROT_WITH_CUDA
     m.def(
         "sinkhorn_hadamard_forward_cuda",
-        [](SINKHORN_FORWARD_PARAMETERS, uintptr_t stream) {
+        [](SINKHORN_FORWARD_PARAMETERS, Optional x_copy, Optional y_copy, Optional paired_hadamard, uintptr_t stream) {
             SinkhornHadamardForward p;
             SET_SINKHORN_FORWARD(p);
+            p.x_copy = given(x_copy), p.y_copy = given(y_copy), p.paired_hadamard = given(paired_hadamard);
             p.stream = reinterpret_cast<void*>(stream);
             const char* failure = cuda::sinkhorn_hadamard_forward(p);
             if (failure) throw std::runtime_error(std::string("sinkhorn_hadamard (cuda): ") + failure);
         },
-        SINKHORN_FORWARD_ARGUMENTS, py::arg("stream"));
+        SINKHORN_FORWARD_ARGUMENTS, py::arg("x_copy") = py::none(), py::arg("y_copy") = py::none(),
+        py::arg("paired_hadamard") = py::none(), py::arg("stream"));
     m.def(
         "sinkhorn_hadamard_backward_cuda",
-        [](SINKHORN_BACKWARD_PARAMETERS, Optional workspace, uintptr_t stream) {
+        [](SINKHORN_BACKWARD_PARAMETERS, Optional grad_x_copy, Optional grad_y_copy, Optional grad_paired_hadamard,
+           Optional workspace, uintptr_t stream) {
             SinkhornHadamardBackward p;
             SET_SINKHORN_BACKWARD(p);
+            p.grad_x_copy = given(grad_x_copy), p.grad_y_copy = given(grad_y_copy);
+            p.grad_paired_hadamard = given(grad_paired_hadamard);
             p.workspace = given(workspace);
             p.stream = reinterpret_cast<void*>(stream);
             const char* failure = cuda::sinkhorn_hadamard_backward(p);
             if (failure) throw std::runtime_error(std::string("sinkhorn_hadamard (cuda): ") + failure);
         },
-        SINKHORN_BACKWARD_ARGUMENTS, py::arg("workspace"), py::arg("stream"));
+        SINKHORN_BACKWARD_ARGUMENTS, py::arg("grad_x_copy") = py::none(), py::arg("grad_y_copy") = py::none(),
+        py::arg("grad_paired_hadamard") = py::none(), py::arg("workspace"), py::arg("stream"));
     m.def("sinkhorn_hadamard_needs_workspace", &cuda::sinkhorn_hadamard_needs_workspace, py::kw_only(), py::arg("N"),
           py::arg("M"), py::arg("wide"));
     m.def("sinkhorn_hadamard_shared_memory", &cuda::sinkhorn_hadamard_shared_memory, py::kw_only(), py::arg("N"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
+import cuda_emulated
 import pytest
 import torch
+from interpreted import interpreted
 from tolerances import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from parrot_kernels import backends, parallel_branch_fusion
+from parrot_kernels import backends, native, parallel_branch_fusion
 from parrot_kernels.ops import parallel_branch_fusion as module
+from parrot_kernels.ops import sinkhorn_hadamard, sinkhorn_kernels
 from parrot_kernels.ops.parallel_branch_fusion import PARTS
 from parrot_kernels.reference.parallel_branch_fusion import parallel_branch_fusion as reference
 
@@ -113,3 +118,95 @@ def test_refusals():
         gradient.sum().backward()
     assert parallel_branch_fusion(x[:0], y[:0]).shape == (0, 4, 10)
     assert parallel_branch_fusion(x[:, :0], y[:, :0]).shape == (3, 0, 10)
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the PyTorch functions that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+# What costs no launch: memory, and views of it; values are read of tensors on CPUs only.
+FREE = {"empty", "empty_like", "new_empty", "split", "slice", "view", "detach", "aminmax", "_local_scalar_dense"}
+
+
+def check_one_launch(backend, shape, dtype, parts, gradient):
+    """On a device the row takes one kernel, and its gradients one: what PyTorch launches beside them is returned."""
+    x, y = (t.detach() for t in pair(*shape, dtype=dtype))
+    eps = torch.full(shape[:1], 0.05)
+    row, cotangent, gradients = expected(x, y, parts=parts, n_iters=7, gradient=gradient)
+    numbers = [7.0, *[-1.0] * 4, 0.0, 0.0, 1.0]
+    options = ("euclidean", gradient, None, numbers, list(parts))
+    cotangent = cotangent.to(dtype)
+    chosen = [
+        mock.patch.object(m, "choose_backend", return_value=backend) for m in (sinkhorn_kernels, sinkhorn_hadamard)
+    ]
+    with chosen[0], chosen[1]:
+        with Recorded() as forward:
+            got, *saved = module._compute_forward(x, y, eps, *options)
+        with Recorded() as backward:
+            results = module._compute_backward(cotangent, x, y, eps, saved, *options, [True, True, False])
+    assert_close(got, row, "sinkhorn")
+    for got, want in zip(results[:2], gradients, strict=True):
+        assert_close(got, want, "sinkhorn_grad")
+    return forward.names - FREE, backward.names - FREE
+
+
+LAUNCHES = list(
+    itertools.product(
+        [(2, 7, 5), (1, 33, 3)],
+        [torch.float32, torch.bfloat16],
+        [PARTS, ("x", "y_to_x"), ("hadamard", "y")],
+        ["unrolled", "detached"],
+    )
+)
+
+
+class Unrecorded:
+    """A Triton kernel, interpreted: what the interpreter does by PyTorch is not recorded."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            with _disable_current_modes():
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.parametrize(("shape", "dtype", "parts", "gradient"), LAUNCHES, ids=str)
+@interpreted
+def test_one_launch_of_triton(shape, dtype, parts, gradient):
+    from parrot_kernels.triton_kernels import sinkhorn_hadamard, sinkhorn_hadamard_backward
+
+    kernels = (
+        (sinkhorn_hadamard, "_sinkhorn_hadamard_forward"),
+        (sinkhorn_hadamard_backward, "_sinkhorn_hadamard_backward"),
+    )
+    unrecorded = [mock.patch.object(of, name, Unrecorded(getattr(of, name))) for of, name in kernels]
+    with unrecorded[0], unrecorded[1]:
+        assert check_one_launch("triton", shape, dtype, parts, gradient) == (set(), set())
+
+
+@interpreted
+def test_larger_problems_of_triton():
+    check_one_launch("triton", (1, 70, 3), torch.float32, PARTS, "unrolled")  # the backward streams
+    check_one_launch("triton", (1, 300, 2), torch.float32, PARTS, "unrolled")  # the forward, too
+
+
+@pytest.mark.parametrize(("shape", "dtype", "parts", "gradient"), LAUNCHES, ids=str)
+def test_one_launch_of_cuda(shape, dtype, parts, gradient):
+    cuda_emulated.module()
+    sizes = mock.patch.object(native, "workspace_size", lambda name, **a: getattr(cuda_emulated.module(), name)(**a))
+    with sizes, mock.patch.object(native, "call_cuda", lambda name, device, **a: cuda_emulated.call(name, **a)):
+        forward, backward = check_one_launch("cuda", shape, dtype, parts, gradient)
+    # Half precision: the kernel adds up dx and dy in fp32, which are rounded afterwards.
+    assert (forward, backward) == (set(), set() if dtype == torch.float32 else {"copy_"})

@@ -22,6 +22,7 @@ struct BackwardArguments {
     Array<const Real> a, b, cost_matrix, eps, f, g, scale, f_history, g_history;
     Array<const int32_t> x_lengths, y_lengths, iterations;
     Array<const T> grad_x_to_y, grad_y_to_x, grad_x_hadamard, grad_y_hadamard;
+    Array<const T> grad_x_copy, grad_y_copy, grad_paired_hadamard;
     Array<const Real> grad_f, grad_g, grad_plan, grad_transport_cost;
     Array<Real> dx, dy, dcost_matrix, da, db, deps;
     Array<Real> workspace;  // (B, N, M), dc of problems that the registers don't hold

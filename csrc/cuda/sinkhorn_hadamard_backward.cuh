@@ -134,8 +134,20 @@ struct Backward : Adjoint<T, CHUNKS, REGISTERS> {
                         sums[r][q] *= to_compute(hadamard(problem(), i, d));
                     });
             }
-            for_outputs(group, count, first, [&](int r, int q, int i, int d) { out(problem(), i, d) = sums[r][q]; });
+            for_outputs(group, count, first, [&](int r, int q, int i, int d) {
+                out(problem(), i, d) = sums[r][q] + beside_transport<BY_ROWS>(i, d);
+            });
         });
+    }
+
+    // The gradient of a point from the parts of a fused row in which nothing is transported.
+    template <bool BY_ROWS>
+    __device__ __forceinline__ Real beside_transport(int i, int d) const {
+        const Array<const T>&copy = BY_ROWS ? arguments.grad_x_copy : arguments.grad_y_copy,
+                          &paired = arguments.grad_paired_hadamard, &partner = BY_ROWS ? arguments.y : arguments.x;
+        Real value = copy ? to_compute(copy(problem(), i, d)) : Real(0);
+        if (paired) value = fma(to_compute(paired(problem(), i, d)), to_compute(partner(problem(), i, d)), value);
+        return value;
     }
 
     template <typename Body>
@@ -488,6 +500,8 @@ const char* backward(const SinkhornHadamardBackward& params) {
     p.grad_x_to_y = Array<const T>(params.grad_x_to_y), p.grad_y_to_x = Array<const T>(params.grad_y_to_x);
     p.grad_x_hadamard = Array<const T>(params.grad_x_hadamard);
     p.grad_y_hadamard = Array<const T>(params.grad_y_hadamard);
+    p.grad_x_copy = Array<const T>(params.grad_x_copy), p.grad_y_copy = Array<const T>(params.grad_y_copy);
+    p.grad_paired_hadamard = Array<const T>(params.grad_paired_hadamard);
     p.grad_f = Array<const Real>(params.grad_f), p.grad_g = Array<const Real>(params.grad_g);
     p.grad_plan = Array<const Real>(params.grad_plan);
     p.grad_transport_cost = Array<const Real>(params.grad_transport_cost);

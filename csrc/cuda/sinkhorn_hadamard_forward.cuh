@@ -22,7 +22,8 @@ struct ForwardArguments {
     Array<const T> x, y;
     Array<const Real> a, b, cost_matrix, eps;
     Array<const int32_t> x_lengths, y_lengths;
-    Array<T> x_to_y, y_to_x, x_hadamard, y_hadamard;
+    Array<T> x_to_y, y_to_x, x_hadamard, y_hadamard;  // each may be absent, as the next three
+    Array<T> x_copy, y_copy, paired_hadamard;         // x, y, x * y
     Array<Real> f, g, plan, transport_cost, error, scale, f_history, g_history;
     Array<int32_t> iterations;
     Array<bool> converged;
@@ -364,11 +365,13 @@ struct Forward {
         return mass > 1 / kLargestMass && mass < kLargestMass;
     }
 
-    // One side's projections: out_i = factor_i sum_k kernel weight_k points_k, and their products with `own`.
+    // One side's projections: out_i = factor_i sum_k kernel weight_k points_k, their products with `own`, a copy of
+    // that, and its products with the points.
     template <bool BY_ROWS>
     __device__ __forceinline__ void project(const Array<const T>& points, const Real* weights, int inner,
                                             const Array<const T>& own, const Real* factor, int count,
-                                            const Array<T>& out, const Array<T>& hadamard) const {
+                                            const Array<T>& out, const Array<T>& hadamard, const Array<T>& copy,
+                                            const Array<T>& paired) const {
         constexpr int width = kWidth<Real>;
         const int blocks = (p.features + 32 * width - 1) / (32 * width), groups = (count + kRows - 1) / kRows;
         for (int task = warp; task < groups * blocks; task += shape.warps) {
@@ -385,9 +388,14 @@ struct Forward {
                     const int d = first + lane + 32 * q;
                     if (d >= p.features) break;
                     const Real value = sums[r][q] * by;
-                    out(problem(), i0 + r, d) = from_compute<T>(value);
-                    if (hadamard)
-                        hadamard(problem(), i0 + r, d) = from_compute<T>(value * to_compute(own(problem(), i0 + r, d)));
+                    if (out) out(problem(), i0 + r, d) = from_compute<T>(value);
+                    if (!(hadamard || copy || paired)) continue;
+                    const T point = own(problem(), i0 + r, d);
+                    if (hadamard) hadamard(problem(), i0 + r, d) = from_compute<T>(value * to_compute(point));
+                    if (copy) copy(problem(), i0 + r, d) = point;
+                    if (paired)
+                        paired(problem(), i0 + r, d) =
+                            from_compute<T>(to_compute(point) * to_compute(points(problem(), i0 + r, d)));
                 }
             }
         }
@@ -450,8 +458,8 @@ struct Forward {
             __syncthreads();
             run_log_domain();
         }
-        project<true>(p.y, s.w, m, p.x, s.u(done), n, p.y_to_x, p.x_hadamard);
-        project<false>(p.x, s.h, n, p.y, s.v, m, p.x_to_y, p.y_hadamard);
+        project<true>(p.y, s.w, m, p.x, s.u(done), n, p.y_to_x, p.x_hadamard, p.x_copy, p.paired_hadamard);
+        project<false>(p.x, s.h, n, p.y, s.v, m, p.x_to_y, p.y_hadamard, p.y_copy, {});
         write(scale, false);
     }
 };
@@ -483,6 +491,8 @@ const char* forward(const SinkhornHadamardForward& params) {
     p.x_lengths = Array<const int32_t>(params.x_lengths), p.y_lengths = Array<const int32_t>(params.y_lengths);
     p.x_to_y = Array<T>(params.x_to_y), p.y_to_x = Array<T>(params.y_to_x);
     p.x_hadamard = Array<T>(params.x_hadamard), p.y_hadamard = Array<T>(params.y_hadamard);
+    p.x_copy = Array<T>(params.x_copy), p.y_copy = Array<T>(params.y_copy);
+    p.paired_hadamard = Array<T>(params.paired_hadamard);
     p.f = Array<Real>(params.f), p.g = Array<Real>(params.g), p.plan = Array<Real>(params.plan);
     p.transport_cost = Array<Real>(params.transport_cost), p.error = Array<Real>(params.error);
     p.scale = Array<Real>(params.scale), p.iterations = Array<int32_t>(params.iterations);

@@ -21,6 +21,7 @@ struct SinkhornHadamardForward {
     // Outputs, preallocated; plan and the histories may be absent.
     TensorView x_to_y, y_to_x, x_hadamard, y_hadamard, f, g, plan;
     TensorView transport_cost, error, iterations, converged, scale, f_history, g_history;
+    TensorView x_copy, y_copy, paired_hadamard;  // CUDA: x, y, x * y once more, where N = M; may be absent
     // CPU: bytes; what a problem would keep beyond them is made tile by tile.
     int64_t workspace_limit = int64_t{1} << 30;
     int num_threads = 1;     // CPU
@@ -40,6 +41,7 @@ struct SinkhornHadamardBackward {
     // Gradients of its outputs; absent: zero.
     TensorView grad_x_to_y, grad_y_to_x, grad_x_hadamard, grad_y_hadamard, grad_f, grad_g, grad_plan;
     TensorView grad_transport_cost;
+    TensorView grad_x_copy, grad_y_copy, grad_paired_hadamard;  // CUDA
     // Outputs, preallocated.
     TensorView dx, dy, dcost_matrix, da, db, deps;
     TensorView workspace;                        // CUDA: (B,N,M), see sinkhorn_hadamard_needs_workspace

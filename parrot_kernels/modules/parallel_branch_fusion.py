@@ -56,7 +56,8 @@ class ParallelBranchFusion(nn.Module):
     def forward(self, x: Tensor, y: Tensor, *, eps: float | Tensor | None = None) -> Tensor:
         """Fuse x and y, both (N, D) or a batch of independent problems (B, N, D), into (..., N, len(parts) * D).
 
-        ``eps``, if given, is the regularisation of this call: a number or a tensor, () or (B,). By :func:`parrot_kernels.parallel_branch_fusion` where there is a transported part.
+        ``eps``, if given, is the regularisation of this call: a number or a tensor, () or (B,). By
+        :func:`parrot_kernels.parallel_branch_fusion` where there is a transported part.
         """
         if self.solves_transport:
             options = {name: value for name, value in self.transport.options.items() if "return" not in name}

@@ -15,8 +15,7 @@ from . import sinkhorn_hadamard as sinkhorn
 OP = "parallel_branch_fusion"
 PARTS = ("hadamard", "x_to_y", "y", "y_to_x", "x")
 TRANSPORTED = ("x_to_y", "y_to_x")
-# These backends take outputs of any strides: they write the transported parts where they belong in the row.
-_STRIDED = ("cpu", "cuda", "torch")
+OTHERS = {"x_copy": "x", "y_copy": "y", "paired_hadamard": "hadamard"}  # by their names among a kernel's arguments
 
 
 def parallel_branch_fusion(
@@ -95,17 +94,11 @@ def _compute_forward(x, y, eps, cost, gradient, backend, numbers, parts):
             if tensor is not None:
                 tensor.zero_()
         return results
-    name = sinkhorn_kernels.choose_backend(x, y, backend)
-    written = _slices(row, parts)
-    if name in _STRIDED:
-        out = out._replace(**{part: written[part] for part in TRANSPORTED if part in written})
-    sinkhorn.launch_forward(sinkhorn_kernels.KERNELS[name], (x, y, *[None] * 5, eps), cost, options, out)
-    direct = {"x": x, "y": y} | ({} if name in _STRIDED else {part: getattr(out, part) for part in TRANSPORTED})
-    for part, target in written.items():
-        if part in direct:
-            target.copy_(direct[part])
-        elif part == "hadamard":
-            torch.mul(x, y, out=target)
+    kernels, written = sinkhorn_kernels.KERNELS[sinkhorn_kernels.choose_backend(x, y, backend)], _slices(row, parts)
+    out = out._replace(**{part: written.get(part) for part in TRANSPORTED})
+    others = {name: written.get(part) for name, part in OTHERS.items()}
+    inputs = (x, y, *[None] * 5, eps)
+    sinkhorn.launch_forward(kernels, inputs, cost, options, out, **others, row_stride=row.shape[2])
     return results
 
 
@@ -128,18 +121,15 @@ def _(x, y, eps, cost, gradient, backend, numbers, parts):
 
 
 def _compute_backward(grad_row, x, y, eps, saved, cost, gradient, backend, numbers, parts, needed):
-    given = _slices(grad_row, parts)
+    given = _slices(grad_row.contiguous(), parts)
     gradients = [given.get(part) for part in TRANSPORTED] + [None] * (len(sinkhorn.DIFFERENTIABLE) - 2)
+    others = {f"grad_{name}": given.get(part) for name, part in OTHERS.items()}
     inputs = (x, y, None, None, None, None, None, eps)
     every = [needed[0], needed[1], False, False, False, needed[2]]
-    results = sinkhorn.compute_backward(gradients, *inputs, saved, cost, gradient, backend, numbers, every)
-    dx, dy, deps = results[0], results[1], results[5]
-    for need, total, part, other in ((needed[0], dx, "x", y), (needed[1], dy, "y", x)):
-        if need and part in given:
-            total += given[part]
-        if need and "hadamard" in given:
-            total.addcmul_(given["hadamard"], other)
-    return [dx, dy, deps]
+    results = sinkhorn.compute_backward(
+        gradients, *inputs, saved, cost, gradient, backend, numbers, every, **others, row_stride=grad_row.shape[2]
+    )
+    return [results[0], results[1], results[5]]
 
 
 _backward = torch.library.custom_op(

@@ -341,9 +341,9 @@ _OPTIONS = "str cost, str gradient, str? backend, float[] numbers"
 
 
 def launch_forward(
-    kernels: Kernels, inputs: tuple[Tensor | None, ...], cost: str, options: Numbers, out: _Forward
+    kernels: Kernels, inputs: tuple[Tensor | None, ...], cost: str, options: Numbers, out: _Forward, **row: Any
 ) -> None:
-    """Run a backend's forward; ``inputs`` are those of the op, in its order."""
+    """Run a backend's forward; ``inputs`` are those of the op, in its order; ``row``: see `Kernels`."""
     kernels.forward(
         **dict(zip(_TENSORS, inputs, strict=True)),
         cost=cost,
@@ -353,6 +353,7 @@ def launch_forward(
         rho_x=options.rho_x,
         rho_y=options.rho_y,
         **out._asdict(),
+        **row,
     )
 
 
@@ -397,8 +398,9 @@ def _allocate_gradients(inputs: Sequence[Any], needed: Sequence[bool]) -> list[T
 
 
 def compute_backward(
-    gradients, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, saved, cost, gradient, backend, numbers, needed
-):
+    gradients, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, saved, cost, gradient, backend, numbers, needed,
+    **row,
+):  # fmt: skip
     results = _allocate_gradients((x, y, a, b, cost_matrix, eps), needed)
     if x.shape[0] * x.shape[1] * y.shape[1] == 0:
         return [t.zero_() for t in results]
@@ -425,6 +427,7 @@ def compute_backward(
         da=da,
         db=db,
         deps=deps,
+        **row,
     )
     return results
 

@@ -16,7 +16,12 @@ OP = "sinkhorn_hadamard"
 
 
 class Kernels(NamedTuple):
-    """A backend's launchers; keywords as in `reference.sinkhorn_hadamard`."""
+    """A backend's launchers; keywords as in `reference.sinkhorn_hadamard`.
+
+    And, for a fused row: ``x_copy``, ``y_copy`` and ``paired_hadamard``, where to write x, y and x * y; the gradients
+    of these, ``grad_x_copy`` and so on, to add to dx and dy; and ``row_stride``, with which those and what is
+    transported are slices of one contiguous tensor, instead of contiguous.
+    """
 
     forward: Callable[..., None]
     backward: Callable[..., None]
@@ -33,13 +38,44 @@ def _in_full_precision(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _with_products(launch: Callable[..., None]) -> Callable[..., None]:
-    """For kernels that always write the Hadamard products: a place for those that were not asked for."""
+def _with_row(launch: Callable[..., None], strided: bool = True) -> Callable[..., None]:
+    """For kernels that write x_to_y and y_to_x only, and always, and unless ``strided`` contiguous."""
 
-    def run(*, x: Tensor, y: Tensor, x_hadamard: Tensor | None, y_hadamard: Tensor | None, **arguments: Any) -> None:
-        x_hadamard = torch.empty_like(arguments["y_to_x"]) if x_hadamard is None else x_hadamard
-        y_hadamard = torch.empty_like(arguments["x_to_y"]) if y_hadamard is None else y_hadamard
-        launch(x=x, y=y, x_hadamard=x_hadamard, y_hadamard=y_hadamard, **arguments)
+    @functools.wraps(launch)
+    def run(
+        *, x: Tensor, y: Tensor, x_to_y: Tensor | None, y_to_x: Tensor | None,
+        x_copy=None, y_copy=None, paired_hadamard=None, row_stride=None, **arguments: Any,
+    ) -> None:  # fmt: skip
+        wanted = ((x_to_y, y), (y_to_x, x))
+        kept = [t is not None and (strided or t.is_contiguous()) for t, _ in wanted]
+        to_y, to_x = (
+            t if keep else torch.empty_like(like, memory_format=torch.contiguous_format)
+            for keep, (t, like) in zip(kept, wanted, strict=True)
+        )
+        launch(x=x, y=y, x_to_y=to_y, y_to_x=to_x, **arguments)
+        for target, source in ((x_to_y, to_y), (y_to_x, to_x), (x_copy, x), (y_copy, y)):
+            if target is not None and target is not source:
+                target.copy_(source)
+        if paired_hadamard is not None:
+            torch.mul(x, y, out=paired_hadamard)
+
+    return run
+
+
+def _with_row_gradients(launch: Callable[..., None]) -> Callable[..., None]:
+    """For kernels that don't add the gradients of these parts."""
+
+    @functools.wraps(launch)
+    def run(
+        *, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None,
+        grad_x_copy=None, grad_y_copy=None, grad_paired_hadamard=None, row_stride=None, **arguments: Any,
+    ):  # fmt: skip
+        launch(x=x, y=y, dx=dx, dy=dy, **arguments)
+        for total, gradient, partner in ((dx, grad_x_copy, y), (dy, grad_y_copy, x)):
+            if total is not None and gradient is not None:
+                total += gradient
+            if total is not None and grad_paired_hadamard is not None:
+                total.addcmul_(grad_paired_hadamard, partner)
 
     return run
 
@@ -48,17 +84,19 @@ def _triton_forward(*, x: Tensor, y: Tensor, **arguments: Any) -> None:
     from ..triton_kernels import sinkhorn_hadamard, sinkhorn_streaming  # import triton, which may be absent
 
     resident = sinkhorn_hadamard.why_not(x.shape[1], y.shape[1]) is None
-    run = _with_products(sinkhorn_hadamard.forward) if resident else sinkhorn_streaming.forward
+    run = sinkhorn_hadamard.forward if resident else _with_row(sinkhorn_streaming.forward, strided=False)
     run(x=x, y=y, **arguments)
 
 
-_reference_backward = _in_full_precision(reference.backward)
+_reference_backward = _with_row_gradients(_in_full_precision(reference.backward))
 
 
+@_with_row
 def _cpu_forward(**arguments: Any) -> None:
     native.call_cpu("sinkhorn_hadamard_forward", workspace_limit=native.workspace_limit(), **arguments)
 
 
+@_with_row_gradients
 def _cpu_backward(*, gradient: str, **arguments: Any) -> None:
     if gradient == "implicit":  # one dense linear system in float64: LAPACK's work, by way of PyTorch
         _reference_backward(gradient=gradient, **arguments)
@@ -75,17 +113,18 @@ def _triton_backward(*, x: Tensor, y: Tensor, gradient: str, **arguments: Any) -
     elif sinkhorn_hadamard_backward.why_not(x.shape[1], y.shape[1]) is None:
         run = sinkhorn_hadamard_backward.backward
     else:
-        run = sinkhorn_streaming_backward.backward
+        run = _with_row_gradients(sinkhorn_streaming_backward.backward)
     run(x=x, y=y, gradient=gradient, **arguments)
 
 
-def _cuda_forward(*, x: Tensor, **arguments: Any) -> None:
+def _cuda_forward(*, x: Tensor, row_stride: int | None = None, **arguments: Any) -> None:
     native.call_cuda("sinkhorn_hadamard_forward_cuda", x.device, x=x, **arguments)
 
 
 def _cuda_backward(
-    *, x: Tensor, y: Tensor, eps: Tensor, gradient: str, dx: Tensor | None, dy: Tensor | None, **arguments: Any
-) -> None:
+    *, x: Tensor, y: Tensor, eps: Tensor, gradient: str, dx: Tensor | None, dy: Tensor | None,
+    row_stride: int | None = None, **arguments: Any,
+) -> None:  # fmt: skip
     if gradient == "implicit":  # one dense linear system in float64, by way of PyTorch
         _reference_backward(x=x, y=y, eps=eps, gradient=gradient, dx=dx, dy=dy, **arguments)
         return
@@ -117,7 +156,7 @@ def why_not_cuda(x: Tensor, y: Tensor) -> str | None:
 
 
 KERNELS = {
-    "torch": Kernels(_in_full_precision(reference.forward), _reference_backward),
+    "torch": Kernels(_with_row(_in_full_precision(reference.forward)), _reference_backward),
     "cpu": Kernels(_cpu_forward, _cpu_backward),
     "cuda": Kernels(_cuda_forward, _cuda_backward),
     "triton": Kernels(_triton_forward, _triton_backward),

@@ -42,6 +42,7 @@ from .sinkhorn_resident import (
     max_vector,
     spread,
     store_tile,
+    store_vector,
     sum_tile,
     sum_vector,
 )
@@ -56,7 +57,7 @@ DEFAULT_THRESHOLD = 1e-3  # `converged` when no tolerance was asked for
 COSTS = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "matrix": 3}
 
 
-@triton.jit(do_not_specialize=["N", "M", "D", "n_iters"])
+@triton.jit(do_not_specialize=["N", "M", "D", "ROW", "n_iters"])
 def _sinkhorn_hadamard_forward(
     x,  # (B, N, D)
     y,  # (B, M, D)
@@ -66,10 +67,13 @@ def _sinkhorn_hadamard_forward(
     y_lengths,  # (B,) or None
     cost_matrix,  # (B, N, M) or None
     eps,  # (B,)
-    x_to_y,  # (B, M, D)
+    x_to_y,  # (B, M, D) with rows ROW apart, as the five below; each may be None
     y_to_x,  # (B, N, D)
     x_hadamard,  # (B, N, D)
     y_hadamard,  # (B, M, D)
+    x_copy,  # (B, N, D)
+    y_copy,  # (B, M, D)
+    paired_hadamard,  # (B, N, D), x * y
     f,  # (B, N)
     g,  # (B, M)
     plan,  # (B, N, M) or None
@@ -83,6 +87,7 @@ def _sinkhorn_hadamard_forward(
     N,
     M,
     D,
+    ROW,
     n_iters,
     cost_scale,  # None: the largest valid cost
     tol,  # None: no early stop
@@ -194,25 +199,30 @@ def _sinkhorn_hadamard_forward(
         store_tile(plan + problem * N * M, probability, i, j, N, M)
 
     to_x = tl.exp2((spread(f_now - log_a, True) - c) + spread(g_now, False))
-    y_to_x += problem * N * D
-    x_hadamard += problem * N * D
+    on_x = problem * N * ROW
     for d in range(D):
         x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
         y_d = tl.load(y + (j * D + d), mask=valid_j, other=0.0).to(tl.float32)
         moved = sum_tile(to_x * spread(y_d, False), True)
-        tl.store(y_to_x + (i * D + d), moved, mask=i < N)
-        tl.store(x_hadamard + (i * D + d), x_d * moved, mask=i < N)
+        at_i = on_x + (i * ROW + d)
+        store_vector(y_to_x, at_i, moved, i < N)
+        store_vector(x_hadamard, at_i, x_d * moved, i < N)
+        store_vector(x_copy, at_i, x_d, i < N)
+        if paired_hadamard is not None:
+            partner = tl.load(y + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
+            tl.store(paired_hadamard + at_i, x_d * partner, mask=i < N)
     # g - log2 b is -damp_y s; with log_b here, its copies would be held in registers through the loop.
     f_now += nothing  # see log_sum_exp
     to_y = tl.exp2((spread(f_now, True) - c) - spread(damp_y * s, False))
-    x_to_y += problem * M * D
-    y_hadamard += problem * M * D
+    on_y = problem * M * ROW
     for d in range(D):
         x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
         y_d = tl.load(y + (j * D + d), mask=valid_j, other=0.0).to(tl.float32)
         moved = sum_tile(to_y * spread(x_d, True), False)
-        tl.store(x_to_y + (j * D + d), moved, mask=j < M)
-        tl.store(y_hadamard + (j * D + d), y_d * moved, mask=j < M)
+        at_j = on_y + (j * ROW + d)
+        store_vector(x_to_y, at_j, moved, j < M)
+        store_vector(y_hadamard, at_j, y_d * moved, j < M)
+        store_vector(y_copy, at_j, y_d, j < M)
 
 
 def tile_of(N: int, M: int, costs_per_warp: int = 1024) -> tuple[int, int, int, int]:
@@ -251,10 +261,10 @@ def forward(
     tol: float | None,
     rho_x: float | None,
     rho_y: float | None,
-    x_to_y: Tensor,
-    y_to_x: Tensor,
-    x_hadamard: Tensor,
-    y_hadamard: Tensor,
+    x_to_y: Tensor | None,
+    y_to_x: Tensor | None,
+    x_hadamard: Tensor | None,
+    y_hadamard: Tensor | None,
     f: Tensor,
     g: Tensor,
     plan: Tensor | None,
@@ -265,12 +275,18 @@ def forward(
     scale: Tensor,
     f_history: Tensor | None,
     g_history: Tensor | None,
+    x_copy: Tensor | None = None,
+    y_copy: Tensor | None = None,
+    paired_hadamard: Tensor | None = None,
+    row_stride: int | None = None,
 ) -> None:
     """Launch the resident forward; shapes and meaning as in ``ops/sinkhorn_hadamard.py``.
 
-    Inputs of any strides, outputs contiguous. x and y in fp32, fp16 or bf16; everything else in fp32 (int32
-    lengths and iterations, bool ``converged``). Histories beyond a problem's ``iterations`` are left unwritten.
-    Nothing synchronises, and the launch depends on shapes only, so it can be captured in a CUDA graph.
+    ``x_copy``, ``y_copy`` and ``paired_hadamard``, x * y, complete a fused row (x and y of one shape). Inputs of any
+    strides, outputs contiguous; those with features may be slices of one tensor with rows of ``row_stride``. x and y in
+    fp32, fp16 or bf16; everything else in fp32 (int32 lengths and iterations, bool ``converged``). Histories beyond a
+    problem's ``iterations`` are left unwritten. Nothing synchronises, and the launch depends on shapes only, so it can
+    be captured in a CUDA graph.
     """
     B, N, D = x.shape
     M = y.shape[1]
@@ -289,6 +305,9 @@ def forward(
             y_to_x,
             x_hadamard,
             y_hadamard,
+            x_copy,
+            y_copy,
+            paired_hadamard,
             f,
             g,
             plan,
@@ -302,6 +321,7 @@ def forward(
             N,
             M,
             D,
+            D if row_stride is None else row_stride,
             n_iters,
             cost_scale if cost_scale is None else float(cost_scale),
             tol if tol is None else float(tol),
@@ -321,11 +341,11 @@ def forward(
 def specializations() -> Iterator[Specialization]:
     """What the launcher can ask for: every tile and cost in fp32, the largest tiles in fp16 and bf16 as well.
 
-    All optional arguments are present, which takes most registers; once more with none of them for one cost.
+    With all optional arguments, which takes most registers; for one cost also with none of them, and as a fused row.
     """
-    sizes = (16, 32, 64, 128, 256)
-    for N, M, dtype, cost, full in itertools.product(sizes, sizes, ("fp32", "fp16", "bf16"), COSTS, (True, False)):
-        largest, plain = N * M == MAX_TILE, (dtype, cost) == ("fp32", "euclidean")
+    sizes, variants = (16, 32, 64, 128, 256), ("", " all options", " fused row")
+    for N, M, dtype, cost, variant in itertools.product(sizes, sizes, ("fp32", "fp16", "bf16"), COSTS, variants):
+        full, largest, plain = variant == " all options", N * M == MAX_TILE, (dtype, cost) == ("fp32", "euclidean")
         if why_not(N, M) is not None or not (plain or (full and (largest or dtype == "fp32" or cost == "euclidean"))):
             continue
         rows, columns, warps_n, warps_m = tile_of(N, M)
@@ -334,19 +354,22 @@ def specializations() -> Iterator[Specialization]:
             **dict.fromkeys(("x_lengths", "y_lengths"), "*i32"),
             **dict.fromkeys(("tol", "cost_scale"), "fp32"),
         }
+        products, parts = ("x_hadamard", "y_hadamard"), ("x_copy", "y_copy", "paired_hadamard")
+        given, absent = (parts, products) if variant == " fused row" else (products, parts)
         yield Specialization(
             kernel=_sinkhorn_hadamard_forward,
-            tile=f"{rows}x{columns} {dtype} {cost}{' all options' if full else ''}",
+            tile=f"{rows}x{columns} {dtype} {cost}{variant}",
             arguments={
-                **dict.fromkeys(("x", "y", "x_to_y", "y_to_x", "x_hadamard", "y_hadamard"), f"*{dtype}"),
+                **dict.fromkeys(("x", "y", "x_to_y", "y_to_x", *given), f"*{dtype}"),
                 **dict.fromkeys(("eps", "f", "g", "transport_cost", "error", "scale"), "*fp32"),
                 **{"iterations": "*i32", "converged": "*i8"},
-                **dict.fromkeys(("N", "M", "D", "n_iters"), "i32"),
+                **dict.fromkeys(("N", "M", "D", "ROW", "n_iters"), "i32"),
                 **dict.fromkeys(("threshold", "inverse_rho_x", "inverse_rho_y"), "fp32"),
                 **(optional if full else {}),
                 **({"cost_matrix": "*fp32"} if cost == "matrix" else {}),
             },
             constants={
+                **dict.fromkeys(absent),
                 **({} if full else dict.fromkeys(optional)),
                 **({} if cost == "matrix" else {"cost_matrix": None}),
                 "ABSORB": rows * columns <= MAX_ABSORBED,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import triton
@@ -36,14 +36,19 @@ from .sinkhorn_resident import (
     LN2,
     MATRIX,
     TINY,
+    advance,
     cost_tile,
     index,
+    inverse_norms,
     load_tile,
     load_vector,
     log2_weights,
     log_sum_exp,
     spread,
+    spread_inside,
     store_tile,
+    sum_across,
+    sum_inside,
     sum_tile,
     sum_vector,
 )
@@ -55,46 +60,12 @@ COSTS_PER_WARP = 512
 
 
 @triton.jit
-def sum_inside(tile, ROWS: tl.constexpr):
-    """The part of row sums or column sums that needs no other thread."""
-    return tl.sum(tile, 0 if ROWS else 1)
-
-
-@triton.jit
-def sum_across(partial, ROWS: tl.constexpr):
-    """The rest of the sums that `sum_inside` began."""
-    if ROWS:
-        return tl.sum(tl.sum(partial, 4), 1)
-    else:
-        return tl.sum(tl.sum(partial, 3), 2)
-
-
-@triton.jit
-def spread_inside(vector, ROWS: tl.constexpr):
-    """A row vector or a column vector, broadcast against what `sum_inside` returns."""
-    if ROWS:
-        return vector[:, None, :, :, None]
-    else:
-        return vector[:, :, None, None, :]
-
-
-@triton.jit
 def transported(direct, hadamard, point, index, valid):
     """The gradient of a projection: its own, and that of its product with the points."""
     gradient = load_vector(direct, index, valid)
     if hadamard is not None:
         gradient += point * load_vector(hadamard, index, valid)
     return gradient
-
-
-@triton.jit
-def norms(points, index, valid, D):
-    """1 / |x_i|, zero for a zero vector."""
-    squares = tl.zeros_like(index).to(tl.float32)
-    for d in range(D):
-        value = load_vector(points, index * D + d, valid)
-        squares += value * value
-    return tl.where(squares > 0.0, 1.0 / tl.sqrt(squares), 0.0)
 
 
 @triton.jit
@@ -120,7 +91,7 @@ def store_weights(gradient, weights, dlog, index, valid, size):
         tl.store(gradient + index, tl.where(floored, 0.0, dlog / tl.where(floored, 1.0, weight)), mask=index < size)
 
 
-@triton.jit(do_not_specialize=["N", "M", "D", "n_iters"])
+@triton.jit(do_not_specialize=["N", "M", "D", "ROW", "n_iters"])
 def _sinkhorn_hadamard_backward(
     x,  # (B, N, D)
     y,  # (B, M, D)
@@ -135,10 +106,13 @@ def _sinkhorn_hadamard_backward(
     iterations,  # (B,)
     f_history,  # (B, n_iters, N), None unless UNROLL
     g_history,  # (B, n_iters, M), None unless UNROLL
-    grad_x_to_y,  # gradients of the outputs, each may be None
+    grad_x_to_y,  # gradients of the outputs, each may be None; the seven with features have rows ROW apart
     grad_y_to_x,
     grad_x_hadamard,
     grad_y_hadamard,
+    grad_x_copy,
+    grad_y_copy,
+    grad_paired_hadamard,
     grad_f,
     grad_g,
     grad_plan,
@@ -152,6 +126,7 @@ def _sinkhorn_hadamard_backward(
     N,
     M,
     D,
+    ROW,
     n_iters,
     inverse_rho_x,
     inverse_rho_y,
@@ -191,14 +166,13 @@ def _sinkhorn_hadamard_backward(
         a += problem * N
     if b is not None:
         b += problem * M
-    if grad_y_to_x is not None:
-        grad_y_to_x += on_x
-    if grad_x_hadamard is not None:
-        grad_x_hadamard += on_x
-    if grad_x_to_y is not None:
-        grad_x_to_y += on_y
-    if grad_y_hadamard is not None:
-        grad_y_hadamard += on_y
+    grad_y_to_x = advance(grad_y_to_x, problem * N * ROW)
+    grad_x_hadamard = advance(grad_x_hadamard, problem * N * ROW)
+    grad_x_copy = advance(grad_x_copy, problem * N * ROW)
+    grad_paired_hadamard = advance(grad_paired_hadamard, problem * N * ROW)
+    grad_x_to_y = advance(grad_x_to_y, problem * M * ROW)
+    grad_y_hadamard = advance(grad_y_hadamard, problem * M * ROW)
+    grad_y_copy = advance(grad_y_copy, problem * M * ROW)
 
     divisor = tl.load(scale + problem)
     epsilon = tl.load(eps + problem)
@@ -245,7 +219,7 @@ def _sinkhorn_hadamard_backward(
             dc = computed(dc, once)
             for d in range(D):
                 y_d = load_vector(y, j * D + d, valid_j)
-                to_y_d = transported(grad_x_to_y, grad_y_hadamard, y_d, j * D + d, valid_j)
+                to_y_d = transported(grad_x_to_y, grad_y_hadamard, y_d, j * ROW + d, valid_j)
                 A += spread(load_vector(x, i * D + d, valid_i), True) * spread(to_y_d, False)
             A *= tl.exp2((spread(F, True) - c) + spread(minus_s, False))
             dF += sum_tile(A, True)
@@ -256,7 +230,7 @@ def _sinkhorn_hadamard_backward(
             dc = computed(dc, once)
             for d in range(D):
                 x_d = load_vector(x, i * D + d, valid_i)
-                to_x_d = transported(grad_y_to_x, grad_x_hadamard, x_d, i * D + d, valid_i)
+                to_x_d = transported(grad_y_to_x, grad_x_hadamard, x_d, i * ROW + d, valid_i)
                 A += spread(to_x_d, True) * spread(load_vector(y, j * D + d, valid_j), False)
             A *= tl.exp2((spread(F - log2_weights(a, i, valid_i, n), True) - c) + spread(G, False))
             extra_i = sum_tile(A, True)
@@ -299,8 +273,8 @@ def _sinkhorn_hadamard_backward(
         along_y = tl.zeros_like(minus_s)
         if BY_POINTS:
             if COST == COSINE:
-                inverse_x = norms(x, i, valid_i, D)
-                inverse_y = norms(y, j, valid_j, D)
+                inverse_x = inverse_norms(x, i, valid_i, D)
+                inverse_y = inverse_norms(y, j, valid_j, D)
                 A = dc * (1.0 - finite(c) * (unit * divisor))
                 along_x = sum_tile(A, True)
                 along_y = sum_tile(A, False)
@@ -314,10 +288,10 @@ def _sinkhorn_hadamard_backward(
         )
         U = tl.exp2((spread(F, True) - c) + spread(minus_s, False))
         for d in range(D):
-            at_i = i * D + d
-            at_j = j * D + d
-            x_d = load_vector(x, at_i, valid_i)
-            y_d = load_vector(y, at_j, valid_j)
+            at_i = i * ROW + d
+            at_j = j * ROW + d
+            x_d = load_vector(x, i * D + d, valid_i)
+            y_d = load_vector(y, j * D + d, valid_j)
             part_x = tl.zeros_like(sum_inside(c, True))
             part_y = tl.zeros_like(sum_inside(c, False))
             if TO_X:
@@ -348,9 +322,17 @@ def _sinkhorn_hadamard_backward(
                 dx_d += along_x * inverse_x * inverse_x * x_d
                 dy_d += along_y * inverse_y * inverse_y * y_d
             if dx is not None:
-                tl.store(dx + on_x + at_i, dx_d, mask=i < N)
+                dx_d += load_vector(grad_x_copy, at_i, valid_i)
+                if grad_paired_hadamard is not None:
+                    partner = load_vector(y, i * D + d, valid_i)
+                    dx_d += load_vector(grad_paired_hadamard, at_i, valid_i) * partner
+                tl.store(dx + on_x + (i * D + d), dx_d, mask=i < N)
             if dy is not None:
-                tl.store(dy + on_y + at_j, dy_d, mask=j < M)
+                dy_d += load_vector(grad_y_copy, at_j, valid_j)
+                if grad_paired_hadamard is not None:
+                    partner = load_vector(x, j * D + d, valid_j)
+                    dy_d += load_vector(grad_paired_hadamard, at_j, valid_j) * partner
+                tl.store(dy + on_y + (j * D + d), dy_d, mask=j < M)
 
 
 def why_not(N: int, M: int) -> str | None:
@@ -363,6 +345,10 @@ def why_not(N: int, M: int) -> str | None:
             f"{N} x {M}"
         )
     return None
+
+
+def _contiguous(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(t if t is None else t.contiguous() for t in tensors)
 
 
 def backward(
@@ -399,11 +385,17 @@ def backward(
     da: Tensor | None,
     db: Tensor | None,
     deps: Tensor | None,
+    grad_x_copy: Tensor | None = None,
+    grad_y_copy: Tensor | None = None,
+    grad_paired_hadamard: Tensor | None = None,
+    row_stride: int | None = None,
 ) -> None:
     """Launch the resident backward, "unrolled" or "detached"; arguments as of ``reference.sinkhorn_hadamard.backward``.
 
-    Inputs of any strides, outputs contiguous. Nothing synchronises, and the launch depends on shapes and on which
-    arguments are None only, so it can be captured in a CUDA graph. No memory is needed besides the gradients.
+    The gradients of x, y and x * y as parts of a fused row are added to ``dx`` and ``dy``. Inputs of any strides, but
+    with ``row_stride`` the seven gradients with features are slices of one contiguous tensor with rows of that size;
+    outputs contiguous. Nothing synchronises, and the launch depends on shapes and on which arguments are None only, so
+    it can be captured in a CUDA graph. No memory is needed besides the gradients.
     """
     B, N, D = x.shape
     M = y.shape[1]
@@ -425,11 +417,15 @@ def backward(
         return
     rows, columns, warps_n, warps_m = tile_of(N, M, COSTS_PER_WARP)
     inputs = (x, y, a, b, x_lengths, y_lengths, cost_matrix, eps, f, scale, iterations, f_history, g_history)
-    inputs += (grad_x_to_y, grad_y_to_x, grad_x_hadamard, grad_y_hadamard, grad_f, grad_g, grad_plan)
-    inputs += (grad_transport_cost,)
+    given = (grad_x_to_y, grad_y_to_x, grad_x_hadamard, grad_y_hadamard)
+    given += (grad_x_copy, grad_y_copy, grad_paired_hadamard)
+    if row_stride is None:
+        given = _contiguous(given)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _sinkhorn_hadamard_backward[(B,)](
-            *(t if t is None else t.contiguous() for t in inputs),
+            *_contiguous(inputs),
+            *given,
+            *_contiguous((grad_f, grad_g, grad_plan, grad_transport_cost)),
             dx,
             dy,
             dcost_matrix,
@@ -439,6 +435,7 @@ def backward(
             N,
             M,
             D,
+            D if row_stride is None else row_stride,
             0 if f_history is None else f_history.shape[1],
             0.0 if rho_x is None else 1.0 / rho_x,
             0.0 if rho_y is None else 1.0 / rho_y,
@@ -460,17 +457,20 @@ def specializations() -> Iterator[Specialization]:
         "everything": ("fp32", True, True),
         "plain": ("fp32", True, False),
         "plain bf16": ("bf16", True, False),
+        "fused row": ("fp32", True, False),
         "detached": ("fp32", False, False),
     }
     sizes = ((32, 32), (64, 64), (128, 32), (32, 128))
     for (N, M), cost, (variant, (dtype, unrolled, full)) in itertools.product(sizes, COSTS, variants.items()):
         if ((N, M) != (64, 64) or variant != "everything") and cost != "euclidean":
             continue
-        if (N, M) != (64, 64) and variant not in ("everything", "plain"):
+        if (N, M) != (64, 64) and variant not in ("everything", "plain", "fused row"):
             continue
         rows, columns, warps_n, warps_m = tile_of(N, M, COSTS_PER_WARP)
         pointers = dict.fromkeys(("x", "y", "dx", "dy"), f"*{dtype}")
-        pointers |= dict.fromkeys([f"grad_{n}" for n in ("x_to_y", "y_to_x", "x_hadamard", "y_hadamard")], f"*{dtype}")
+        products, parts = ("x_hadamard", "y_hadamard"), ("x_copy", "y_copy", "paired_hadamard")
+        given = ("x_to_y", "y_to_x", *(parts if variant == "fused row" else products))
+        pointers |= dict.fromkeys([f"grad_{name}" for name in given], f"*{dtype}")
         pointers |= dict.fromkeys(("eps", "f", "scale"), "*fp32") | {"iterations": "*i32"}
         optional = dict.fromkeys(("a", "b", "da", "db", "deps", "grad_f", "grad_g", "grad_plan"), "*fp32")
         optional |= dict.fromkeys(("x_lengths", "y_lengths"), "*i32") | {"grad_transport_cost": "*fp32"}
@@ -478,13 +478,14 @@ def specializations() -> Iterator[Specialization]:
         matrices = dict.fromkeys(("cost_matrix", "dcost_matrix"), "*fp32")
         present = pointers | (optional if full else {}) | (histories if unrolled else {})
         present |= matrices if cost == "matrix" else {}
-        absent = (optional.keys() | histories.keys() | matrices.keys()) - present.keys()
+        absent = {f"grad_{name}" for name in (*products, *parts)} | optional.keys() | histories.keys() | matrices.keys()
+        absent -= present.keys()
         yield Specialization(
             kernel=_sinkhorn_hadamard_backward,
             tile=f"{rows}x{columns} {cost} {variant}",
             arguments={
                 **present,
-                **dict.fromkeys(("N", "M", "D", "n_iters"), "i32"),
+                **dict.fromkeys(("N", "M", "D", "ROW", "n_iters"), "i32"),
                 **dict.fromkeys(("inverse_rho_x", "inverse_rho_y"), "fp32"),
             },
             constants={

@@ -88,6 +88,30 @@ def sum_tile(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
+def sum_inside(tile, ROWS: tl.constexpr):
+    """The part of row sums or column sums that needs no other thread."""
+    return tl.sum(tile, 0 if ROWS else 1)
+
+
+@triton.jit
+def sum_across(partial, ROWS: tl.constexpr):
+    """The rest of the sums that `sum_inside` began."""
+    if ROWS:
+        return tl.sum(tl.sum(partial, 4), 1)
+    else:
+        return tl.sum(tl.sum(partial, 3), 2)
+
+
+@triton.jit
+def spread_inside(vector, ROWS: tl.constexpr):
+    """A row vector or a column vector, broadcast against what `sum_inside` returns."""
+    if ROWS:
+        return vector[:, None, :, :, None]
+    else:
+        return vector[:, :, None, None, :]
+
+
+@triton.jit
 def max_tile(tile, ROWS: tl.constexpr):
     if ROWS:
         return tl.max(tl.max(tl.max(tile, 0), 4), 1)
@@ -188,6 +212,21 @@ def load_vector(pointer, index, valid):
 
 
 @triton.jit
+def store_vector(pointer, index, values, valid):
+    """Store where valid, if there is a place."""
+    if pointer is not None:
+        tl.store(pointer + index, values, mask=valid)
+
+
+@triton.jit
+def advance(pointer, elements):
+    if pointer is None:
+        return pointer
+    else:
+        return pointer + elements
+
+
+@triton.jit
 def log2_weights(weights, index, valid, count):
     """log2 of the floored weights, uniform if there are none; 0 in the padding."""
     if weights is None:
@@ -219,6 +258,16 @@ def store_tile(matrix, tile, i, j, N, M):
         mask = spread(i < N, True) & spread(columns < M, False)
         part = tl.sum(tl.where(patch == k, tile, 0.0), 0)[None]
         tl.store(matrix + (spread(i * M, True) + spread(columns, False)), part, mask=mask)
+
+
+@triton.jit
+def inverse_norms(points, index, valid, D):
+    """1 / |x_i|, zero for a zero vector."""
+    squares = tl.zeros_like(index).to(tl.float32)
+    for d in range(D):
+        value = load_vector(points, index * D + d, valid)
+        squares += value * value
+    return tl.where(squares > 0.0, 1.0 / tl.sqrt(squares), 0.0)
 
 
 @triton.jit
