@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parrot.model import Parrot, ParrotConfig, SingleEncoderClassifier, from_pretrained
+    from parrot.model import Parrot, SingleEncoderClassifier, from_pretrained
+    from parrot.model_config import ParrotConfig
 
 __all__ = ["Parrot", "ParrotConfig", "SingleEncoderClassifier", "from_pretrained"]
 

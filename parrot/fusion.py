@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ FUSIONS: dict[str, tuple[str, ...]] = {
     "ot": ("x_to_y", "y", "y_to_x", "x"),
     "parrot": ("hadamard", "x_to_y", "y", "y_to_x", "x"),
 }
-
-
 PAIRS = ("all", "first")
 
 
@@ -45,7 +43,8 @@ class PairwiseFusion(nn.Module):
 
     def __init__(self, name: str, n_streams: int, pairs: str = "all", **transport: Any) -> None:
         super().__init__()
-        self.fusions, self.pairs, given = nn.ModuleList(), [], set()
+        self.fusions, self.pairs = nn.ModuleList(), []
+        given: set[int] = set()
         for pair in combinations(range(n_streams), 2):
             if pairs == "first" and pair[0]:
                 continue
@@ -58,11 +57,15 @@ class PairwiseFusion(nn.Module):
     @property
     def solves_transport(self) -> bool:
         """Whether any part needs a transport plan."""
-        return self.fusions[0].solves_transport
+        return self._first.solves_transport
+
+    @property
+    def _first(self) -> ParallelBranchFusion:
+        return cast(ParallelBranchFusion, self.fusions[0])
 
     def width(self, dim: int) -> int:
         """Features out for streams of ``dim`` features."""
-        return sum(fusion.width(dim) for fusion in self.fusions)
+        return sum(cast(ParallelBranchFusion, fusion).width(dim) for fusion in self.fusions)
 
     def forward(self, *streams: Tensor, eps: float | Tensor | None = None) -> Tensor:
         """Fuse K streams, all (N, D) or (B, N, D); ``eps`` as of :class:`ParallelBranchFusion`."""
@@ -71,7 +74,7 @@ class PairwiseFusion(nn.Module):
 
     def plan(self, *streams: Tensor, eps: float | Tensor | None = None) -> Tensor:
         """The transport plan (..., N, N) between the rows of the first two streams."""
-        return self.fusions[0].plan(*streams[:2], eps=eps)
+        return self._first.plan(*streams[:2], eps=eps)
 
 
 def build_fusion(

@@ -252,7 +252,7 @@ class SingleEncoderClassifier(Shareable, nn.Module):
 
 def build(
     name: str,
-    dims: Sequence[int | tuple[int, int]],
+    dims: Sequence[Any],
     n_classes: int,
     encoders: Sequence[str | Encoder] | None = None,
 ) -> nn.Module:

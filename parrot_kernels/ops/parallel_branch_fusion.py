@@ -95,7 +95,8 @@ def _compute_forward(x, y, eps, cost, gradient, backend, numbers, parts):
                 tensor.zero_()
         return results
     kernels, written = sinkhorn_kernels.KERNELS[sinkhorn_kernels.choose_backend(x, y, backend)], _slices(row, parts)
-    out = out._replace(**{part: written.get(part) for part in TRANSPORTED})
+    transported: dict[str, Any] = {part: written.get(part) for part in TRANSPORTED}
+    out = out._replace(**transported)
     others = {name: written.get(part) for name, part in OTHERS.items()}
     inputs = (x, y, *[None] * 5, eps)
     sinkhorn.launch_forward(kernels, inputs, cost, options, out, **others, row_stride=row.shape[2])

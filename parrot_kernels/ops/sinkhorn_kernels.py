@@ -42,40 +42,43 @@ def _with_row(launch: Callable[..., None], strided: bool = True) -> Callable[...
     """For kernels that write x_to_y and y_to_x only, and always, and unless ``strided`` contiguous."""
 
     @functools.wraps(launch)
-    def run(
-        *, x: Tensor, y: Tensor, x_to_y: Tensor | None, y_to_x: Tensor | None,
-        x_copy=None, y_copy=None, paired_hadamard=None, row_stride=None, **arguments: Any,
-    ) -> None:  # fmt: skip
-        wanted = ((x_to_y, y), (y_to_x, x))
-        kept = [t is not None and (strided or t.is_contiguous()) for t, _ in wanted]
-        to_y, to_x = (
-            t if keep else torch.empty_like(like, memory_format=torch.contiguous_format)
-            for keep, (t, like) in zip(kept, wanted, strict=True)
-        )
-        launch(x=x, y=y, x_to_y=to_y, y_to_x=to_x, **arguments)
-        for target, source in ((x_to_y, to_y), (y_to_x, to_x), (x_copy, x), (y_copy, y)):
-            if target is not None and target is not source:
-                target.copy_(source)
-        if paired_hadamard is not None:
-            torch.mul(x, y, out=paired_hadamard)
+    def run(*, row_stride: int | None = None, **arguments: Any) -> None:
+        if row_stride is None:
+            return launch(**arguments)
+        x, y = arguments["x"], arguments["y"]
+        sources = {"x_copy": x, "y_copy": y, "paired_hadamard": None}
+        targets = {name: arguments.pop(name) for name in sources}
+        for name, points in (("x_to_y", y), ("y_to_x", x)):
+            given = arguments[name]
+            if given is None or not (strided or given.is_contiguous()):
+                targets[name], sources[name] = given, torch.empty_like(points, memory_format=torch.contiguous_format)
+                arguments[name] = sources[name]
+        launch(**arguments)
+        for name, target in targets.items():
+            if target is not None and name != "paired_hadamard":
+                target.copy_(sources[name])
+        if targets["paired_hadamard"] is not None:
+            torch.mul(x, y, out=targets["paired_hadamard"])
 
     return run
 
 
 def _with_row_gradients(launch: Callable[..., None]) -> Callable[..., None]:
-    """For kernels that don't add the gradients of these parts."""
+    """For kernels that don't add the gradients of the parts in which nothing is transported."""
 
     @functools.wraps(launch)
-    def run(
-        *, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None,
-        grad_x_copy=None, grad_y_copy=None, grad_paired_hadamard=None, row_stride=None, **arguments: Any,
-    ):  # fmt: skip
-        launch(x=x, y=y, dx=dx, dy=dy, **arguments)
-        for total, gradient, partner in ((dx, grad_x_copy, y), (dy, grad_y_copy, x)):
-            if total is not None and gradient is not None:
-                total += gradient
-            if total is not None and grad_paired_hadamard is not None:
-                total.addcmul_(grad_paired_hadamard, partner)
+    def run(*, row_stride: int | None = None, **arguments: Any) -> None:
+        if row_stride is None:
+            return launch(**arguments)
+        copies = (arguments.pop("grad_x_copy"), arguments.pop("grad_y_copy"))
+        paired = arguments.pop("grad_paired_hadamard")
+        launch(**arguments)
+        totals, partners = (arguments["dx"], arguments["dy"]), (arguments["y"], arguments["x"])
+        for total, copy, partner in zip(totals, copies, partners, strict=True):
+            if total is not None and copy is not None:
+                total += copy
+            if total is not None and paired is not None:
+                total.addcmul_(paired, partner)
 
     return run
 
