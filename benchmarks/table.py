@@ -101,7 +101,11 @@ def tables(measured: list[dict]) -> dict[str, list[str]]:
 
 def update(page: str, measured: list[dict]) -> str:
     """The page with its blocks written anew; a block whose rows are missing stays as it is."""
-    made = tables(measured)
+    return fill(page, tables(measured))
+
+
+def fill(page: str, made: dict[str, list[str]]) -> str:
+    """The page with those tables in the blocks of their names."""
 
     def block(match: re.Match) -> str:
         lines = made.get(match[2])

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .specialization import Specialization, launch_options
 
@@ -124,26 +125,31 @@ def _amdgcn_usage(assembly: str) -> dict[str, int]:
     return {} if scratch is None else {"registers": number["vgpr_count"], "spill_bytes": scratch}
 
 
-def compile_triton(module: str, position: int, arch: str) -> Row:
-    """Compile the ``position``-th specialization of a kernel file for one architecture."""
+def compiled(spec: Specialization, arch: str) -> Any:
+    """What Triton makes of a specialization for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
+    source = ASTSource(spec.kernel, spec.signature, dict(spec.constants), spec.attributes)
+    options = launch_options(spec.num_warps, spec.max_registers, amd=target.backend == "hip")
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_triton(module: str, position: int, arch: str) -> Row:
+    """Compile the ``position``-th specialization of a kernel file for one architecture."""
     spec = declared(module)[position]
     row = Row(spec.name, spec.tile, arch, spec.num_warps)
-    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
     start = time.perf_counter()
     try:
-        source = ASTSource(spec.kernel, spec.signature, dict(spec.constants), spec.attributes)
-        options = launch_options(spec.num_warps, spec.max_registers, amd=target.backend == "hip")
-        compiled = triton.compile(source, target=target, options=options)
+        kernel = compiled(spec, arch)
     except Exception as exception:  # whatever a compiler raises becomes a row that fails
         row.error = f"does not compile: {type(exception).__name__}: {exception}"
         return row
     row.seconds = time.perf_counter() - start
-    row.shared_bytes = compiled.metadata.shared
-    usage = _amdgcn_usage(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _cubin_usage(compiled.asm["cubin"])
+    row.shared_bytes = kernel.metadata.shared
+    usage = _amdgcn_usage(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _cubin_usage(kernel.asm["cubin"])
     row.registers, row.spill_bytes = usage.get("registers"), usage.get("spill_bytes")
     return row
 
@@ -171,17 +177,26 @@ def parse_ptxas(text: str, file: str, arch: str) -> Iterator[Row]:
         yield Row(file, variant, arch, None, int(used[1]), int(spills[1]), int(shared[1]) if shared else 0)
 
 
+def nvcc(file: str, arch: str, output: str | Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Compile one CUDA C++ file for one architecture into a cubin.
+
+    Raises:
+        FileNotFoundError: nvcc is nowhere.
+    """
+    tool = cuda_tool("nvcc")
+    if tool is None:
+        raise FileNotFoundError("nvcc is neither in $CUDA_HOME/bin, nor on the path, nor in /usr/local/cuda/bin")
+    command = [tool, "-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{arch}", *options]
+    command += ["-I", str(CSRC / "include"), "-I", str(CSRC / "cuda")]
+    command += ["-cubin", "-o", str(output), str(CSRC / "cuda" / file)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def compile_cuda(file: str, arch: str) -> list[Row]:
     """Compile one CUDA C++ file with nvcc for one architecture; a row per kernel in it."""
-    nvcc = cuda_tool("nvcc")
-    if nvcc is None:
-        raise FileNotFoundError("nvcc is neither in $CUDA_HOME/bin, nor on the path, nor in /usr/local/cuda/bin")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{arch}", "-Xptxas", "-v"]
-        command += ["-I", str(CSRC / "include"), "-I", str(CSRC / "cuda")]
-        command += ["-cubin", "-o", f"{folder}/out.cubin", str(CSRC / "cuda" / file)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = nvcc(file, arch, f"{folder}/out.cubin", "-Xptxas", "-v")
     if done.returncode != 0:
         return [Row(file, "", arch, error=f"does not compile: {done.stderr.strip()}")]
     rows = list(parse_ptxas(done.stderr, file, arch))
@@ -261,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
-    sources, nvcc = (CSRC / "cuda").is_dir(), cuda_tool("nvcc")
-    why = "" if sources and nvcc else "no nvcc was found" if sources else f"the sources are not in {CSRC}"
+    sources, tool = (CSRC / "cuda").is_dir(), cuda_tool("nvcc")
+    why = "" if sources and tool else "no nvcc was found" if sources else f"the sources are not in {CSRC}"
     if options.cuda and why:
         parser.error(f"CUDA C++ can't be compiled: {why}")
     rows = compile_all(
