@@ -170,7 +170,7 @@ def show(case: analytic_cases.Case, arch: str) -> None:
         if times[loop.branch]:
             inside = sass.mix(kernel.function, [float(i in loop.body) for i in range(len(code))])
             parts = " ".join(f"{pipe} {round(sum(found.values()))}" for pipe, found in sorted(inside.items()))
-            print(f"  {times[loop.branch]:10.1f} turns of {parts}: {sass.contexts(code[loop.branch])[0][2:90]}")
+            print(f"  {times[loop.branch]:10.1f} turns of {parts}: {sass.source(kernel.function, loop)[0][:90]}")
 
 
 def table(measured: list[dict]) -> list[str]:

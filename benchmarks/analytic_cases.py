@@ -51,7 +51,7 @@ def _sinkhorn(B: int = 1024, D: int = 120, K: int = 50) -> list[Case]:
             "sinkhorn_hadamard", kernel, backend, shape, source, B, warps, *needed, trips, share, symbol, shared
         )  # fmt: skip
 
-    trips = {r"^> for d in range\(D\)": D, r"^> while ": K}
+    trips = {r"^for d in range\(D\)": D, r"^while ": K}
     share = {r"^if \(untrusted\(": 0.0, r"^if max_vector\(outside": 0.0}
     for tile, warps in ((32, 1), (64, 4), (128, 8)):
         source = f"sinkhorn_hadamard:sinkhorn_hadamard_forward {tile}x{tile} fp32 euclidean"
@@ -69,36 +69,36 @@ def _sinkhorn(B: int = 1024, D: int = 120, K: int = 50) -> list[Case]:
         r"^if \(p\.plan\)|f_history|g_history": 0.0, r"total_error\(\)": 1 / (K + 1),
     }  # fmt: skip
     costs = {
-        r"^> for \(int d = 0; d < kFeatures.*pairwise_costs": 16, r"^> for \(int d0 = 0.*pairwise_costs": depth,
-        r"^> for \(int slot = 0; slot < warps": 1,
+        r"^for \(int d = 0; d < kFeatures.*pairwise_costs": 16, r"^for \(int d0 = 0.*pairwise_costs": depth,
+        r"^for \(int slot = 0; slot < warps": 1,
     }  # fmt: skip
     threads = 512
     trips = costs | {
-        r"^> for \(int item": 4,
-        r"^> for \(int i = warp; .*find_costs": 8, r"^> for \(int j = lane; .*find_costs": 4,
-        r"^> for \(int k = 1;;.*run_scaling": K + 1, r"^> for \(int j = thread; .*for \(int k = 1;;": 128 / threads,
-        r"^> for \(int k = 0; k < count": 128,
+        r"^for \(int item": 4,
+        r"^for \(int i = warp; .*find_costs": 8, r"^for \(int j = lane; .*find_costs": 4,
+        r"^for \(int k = 1;;.*run_scaling": K + 1, r"^for \(int j = thread; .*for \(int k = 1;;": 128 / threads,
+        r"^for \(int k = 0; k < count": 128,
     }  # fmt: skip
     found.append(
         case("sinkhorn_hadamard_forward", "cuda", "sinkhorn_hadamard_forward_f32.cu", 128, 128, 16, trips, unused,
              "forward_kernelIfLi4E", 4 * (128 * 128 + 4224 + 14 * 128))
     )  # fmt: skip
-    tiles = r"^> for \(int task = warp.*"
+    tiles = r"^for \(int task = warp.*"
     trips = costs | {
-        r"^> for \(int slot = 0; slot < warps": 0.5,
-        r"^> for \(int item.*> stage\(y": 8, r"^> for \(int item.*(stage\(x|stage_source)": 4,
-        r"^> for \(int i = warp; .*find_costs": 8,
-        r"^> for \(int j = lane_index.*column_lse_parts": 4, r"^> for \(int i = first.*column_lse_parts": 8,
-        r"^> for \(int j = thread; j < m": 0.5,
+        r"^for \(int slot = 0; slot < warps": 0.5,
+        r"^for \(int item.*> stage\(y": 8, r"^for \(int item.*(stage\(x|stage_source)": 4,
+        r"^for \(int i = warp; .*find_costs": 8,
+        r"^for \(int j = lane_index.*column_lse_parts": 4, r"^for \(int i = first.*column_lse_parts": 8,
+        r"^for \(int j = thread; j < m": 0.5,
         # through_projections and through_distances, by rows and by columns
         tiles + r"through_(projections|distances)<true>": 2, tiles + r"through_(projections|distances)<false>": 4,
-        r"^> for \(int term": 2,
-        r"^> for \(int start = 0.*<true>": 4, r"^> for \(int start = 0.*<false>": 2,
-        r"^> for \(int item = lane": 2, r"^> for \(int k = 0; k < end.*through_projections": 32,
-        r"^> for \(int k = 0; k < end.*through_distances": 16,
-        r"^> for \(int part = 0; part < 3": 2, r"^> for \(int d0 = 0.*through_kernel": depth,
-        r"^> for \(int d = 0; d < kFeatures.*through_kernel": 4,
-        r"^> for \(; k >= 0.*unroll\(": K,
+        r"^for \(int term": 2,
+        r"^for \(int start = 0.*<true>": 4, r"^for \(int start = 0.*<false>": 2,
+        r"^for \(int item = lane": 2, r"^for \(int k = 0; k < end.*through_projections": 32,
+        r"^for \(int k = 0; k < end.*through_distances": 16,
+        r"^for \(int part = 0; part < 3": 2, r"^for \(int d0 = 0.*through_kernel": depth,
+        r"^for \(int d = 0; d < kFeatures.*through_kernel": 4,
+        r"^for \(; k >= 0.*unroll\(": K,
     }  # fmt: skip
     found.append(
         case("sinkhorn_hadamard_backward", "cuda", "sinkhorn_hadamard_backward_f32.cu", 64, 128, 8, trips, unused,
@@ -111,8 +111,8 @@ def _streaming(N: int = 10_000, D: int = 64, K: int = 50) -> list[Case]:
     """One problem of N x N, tiles of 64 x 32 (64 x 16 where the gradient of the cost is made), chunks of 1024."""
     pairs, points, rows, chunks = N * N, 4 * N * D, ceil(N / 64), ceil(N / 1024)
     share = {r"^if tl\.max\(tl\.max\(tl\.where\(near": 0.0}
-    depths = {r"^> for k in tl\.range\(0, depths": ceil(D / 16)}
-    by_chunk = depths | {r"^> for (step|position) in tl\.range\(first|^> for step in range\(first": N / 32 / chunks}
+    depths = {r"^for k in tl\.range\(0, depths": ceil(D / 16)}
+    by_chunk = depths | {r"^for (step|position) in tl\.range\(first|^for step in range\(first": N / 32 / chunks}
     shape = f"{N}x{N}x{D}, {K} iterations"
 
     def case(kernel, module, tile, blocks, warps, multiply_adds, exponentials, moved, trips, launches) -> Case:
@@ -124,9 +124,9 @@ def _streaming(N: int = 10_000, D: int = 64, K: int = 50) -> list[Case]:
     near = r"^if tl\.max\(tl\.max\(tl\.where\(|near_differences"
     share[near] = 0.0
     forward, backward = "sinkhorn_streaming", "sinkhorn_streaming_backward"
-    every = depths | {r"^> for step in tl\.range\(0, others": N / 32}
+    every = depths | {r"^for step in tl\.range\(0, others": N / 32}
     gradient = depths | {
-        r"^> for position in tl\.range\(0, others": N / 16, r"^> for k in tl\.range\(0, tl\.load\(iterations": K,
+        r"^for position in tl\.range\(0, others": N / 16, r"^for k in tl\.range\(0, tl\.load\(iterations": K,
     }  # fmt: skip
     return [
         case("sinkhorn_reduce_costs", forward, "64x32", rows * chunks, 4, pairs * D, pairs, 2 * points, by_chunk,
@@ -154,13 +154,13 @@ def _scan(B: int = 8, D: int = 1536, L: int = 2048) -> list[Case]:
 
     for N, dtype in ((16, "fp32"), (24, "fp32"), (16, "bf16")):
         source = f"selective_scan:selective_scan_forward 32x{N} {dtype}, steps contiguous"
-        trips = {r"^> for first in range\(0, n, STEPS\)": L / 8, r"^> for first in range\(tl\.cdiv": 0}
+        trips = {r"^for first in range\(0, n, STEPS\)": L / 8, r"^for first in range\(tl\.cdiv": 0}
         found.append(case("selective_scan_forward", "triton", source, N, trips, {}, dtype=dtype))
     for N in (16, 24):
         trips = {
-            r"^> for j in range\(1, tiles\)": 7, r"^> for k in range\(0, tiles\)": 8,
-            r"^> for first_state in range\(0, N, STATES\): < for i": N / 8, r"^> for first in range\(0, CHUNK": 4,
-            r"^> for i in range\(0, used\)": L / 32, r"^> for first": 0,
+            r"^for j in range\(1, tiles\)": 7, r"^for k in range\(0, tiles\)": 8,
+            r"^for first_state in range\(0, N, STATES\): < for i": N / 8, r"^for first in range\(0, CHUNK": 4,
+            r"^for i in range\(0, used\)": L / 32, r"^for first": 0,
         }  # fmt: skip
         source = "selective_scan_backward:selective_scan_backward 32x8 fp32, steps contiguous"
         found.append(case("selective_scan_backward", "triton", source, N, trips, {}))
@@ -170,16 +170,16 @@ def _scan(B: int = 8, D: int = 1536, L: int = 2048) -> list[Case]:
         r"^if \(\(s0 \+ kTile\) % kChunk == 0": 32 / 256,
     }  # fmt: skip
     trips = {
-        r"^> for \(int s0 = begin": L / 32, r"^> for \(int s = 0; s < kTile": 8, r"^> for \(int t = max\(begin": 0,
+        r"^for \(int s0 = begin": L / 32, r"^for \(int s = 0; s < kTile": 8, r"^for \(int t = max\(begin": 0,
     }  # fmt: skip
     for N, dtype, letter in ((16, "fp32", "f"), (24, "fp32", "f"), (16, "bf16", "13__nv_bfloat16")):
         source = f"selective_scan_forward_{'f32' if dtype == 'fp32' else dtype}.cu"
         symbol = f"scan_forwardI{letter}Li{N // 4}ELb0E"
         found.append(case("selective_scan_forward", "cuda", source, N, trips, share, symbol, dtype))
     trips = {
-        r"^> for \(int tile = \(length": L / 32, r"^> for \(int q = 0; q < kStretches": 3,
-        r"^> for \(int s = q \* kStretch": 2, r"^> for \(int q = kStretches - 1": 4,
-        r"^> for \(int i = threadIdx\.x; i < count": 0, r"y\[i / kTile\]": 0,
+        r"^for \(int tile = \(length": L / 32, r"^for \(int q = 0; q < kStretches": 3,
+        r"^for \(int s = q \* kStretch": 2, r"^for \(int q = kStretches - 1": 4,
+        r"^for \(int i = threadIdx\.x; i < count": 0, r"y\[i / kTile\]": 0,
     }  # fmt: skip
     for N in (16, 24):
         symbol = f"3runIfLi{N // 4}ELi4ELb0E"
@@ -205,9 +205,9 @@ def _conv(B: int = 8, D: int = 1536, L: int = 2048) -> list[Case]:
     def triton(back: bool, dtype: str = "fp32") -> Case:
         name = "causal_conv1d_backward" if back else "causal_conv1d_forward"
         source = f"causal_conv1d:{name} 4x256 {dtype} width 4, steps contiguous"
-        return case(back, "triton", source, B * D // 4 * (L // 256), {r"^> for j in range\(WIDTH\)": 4}, dtype=dtype)
+        return case(back, "triton", source, B * D // 4 * (L // 256), {r"^for j in range\(WIDTH\)": 4}, dtype=dtype)
 
-    trips = {r"^> for \(int k = 0; k < kIterations": 8, r"^> for \(int i = place": 0}
+    trips = {r"^for \(int k = 0; k < kIterations": 8, r"^for \(int i = place": 0}
     share = {
         r"^> (convolve<true>|load_steps<0>\(window|run\(std::true_type)|p\.seq_idx\.data": 0.0,
         r"^> load_steps<WIDTH - 1>\(gradient|p\.grad_final_state\.data|kSteps > line\.length|!p\.grad_out": 0.0,

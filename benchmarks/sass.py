@@ -216,13 +216,19 @@ def loops(function: Function) -> tuple[list[Loop], set[int]]:
     return found, set(rank)
 
 
+def source(function: Function, loop: Loop) -> list[str]:
+    """The innermost loop statement at or around the line of a loop's branch, and the heads around that."""
+    texts = [text.removeprefix("> ") for text in contexts(function.instructions[loop.branch])]
+    return texts[next((i for i, text in enumerate(texts) if re.match(r"(for|while)\b", text)), 0) :]
+
+
 def passes(function: Function, trips: Mapping[str, float], share: Mapping[str, float] | None = None) -> list[float]:
     """How often a warp runs through each instruction.
 
     Args:
-        trips: regular expression on a loop's source line and the heads around it -> turns of the loop as compiled,
-            so fewer where it was unrolled; the first that matches counts, and a loop that none matches turns once.
-            Of loops from one line side by side the largest turns, the others are the rest of its unrolling.
+        trips: regular expression on a loop's statement and the heads around it (`source`) -> turns of the loop as
+            compiled, so fewer where it was unrolled; the first that matches counts, and a loop that none matches
+            turns once. Of loops from one line side by side the largest turns, the others are the rest of its unrolling.
         share: regular expression on a line or a head around it -> in what part of those turns it is reached; the
             smallest that matches counts.
     """
@@ -230,7 +236,7 @@ def passes(function: Function, trips: Mapping[str, float], share: Mapping[str, f
     code = function.instructions
     times = [1.0 if i in reached else 0.0 for i in range(len(code))]
     for loop in found:
-        around = " < ".join(contexts(code[loop.branch]))
+        around = " < ".join(source(function, loop))
         turns = next((count for pattern, count in trips.items() if re.search(pattern, around)), 1.0)
         larger = any(
             code[other.branch].places == code[loop.branch].places and len(other.body) > len(loop.body)

@@ -52,6 +52,7 @@ def test_a_loop_is_found_by_its_source_line_and_turns_as_declared(function):
     assert (loop.header, loop.branch, sorted(loop.body)) == (1, 4, [1, 2, 3, 4])
     assert len(reached) == len(function.instructions) - 1  # not the branch to itself after the end
     assert sass.contexts(function.instructions[4]) == ["> for d in range(D):", "def kernel(x):"]
+    assert sass.source(function, loop) == ["for d in range(D):", "def kernel(x):"]
     assert sass.passes(function, {"for d in": 120}) == [1, 120, 120, 120, 120, 1, 1, 0]
 
 
