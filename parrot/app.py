@@ -30,6 +30,7 @@ AMONG = "As in the paper, the answer depends on the {count} recordings that the 
 REFERENCES = (
     "The clip, number 0, is transported among {count} stored training clips; the answer depends on nothing else."
 )
+FRAMES = "Transport is between the frames of the clip; the answer depends on nothing else."
 NOTHING = "This model solves no transport problem."
 
 
@@ -64,6 +65,8 @@ def page(predictor: Predictor, among: Sequence[Clip] = ()) -> gr.Blocks:
             return NOTHING
         if predictor.batch_dependent:
             return AMONG.format(count=len(among)) if among else ALONE
+        if predictor.inputs == "frames":
+            return FRAMES
         return REFERENCES.format(count=len(plan) - 1)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:

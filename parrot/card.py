@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from parrot.evaluation import CrossValidation
 
 HUB_METRICS = {"wa": "accuracy", "ua": "balanced_accuracy", "macro_f1": "f1"}
+FEATURES = {
+    "embeddings": "(batch, width) tensors",
+    "layers": "(batch, layers + 1, width) tensors: the mean over time of every hidden state",
+    "frames": "(batch, frames, width) tensors, or pairs of them and the lengths",
+    "waveforms": "(batch, samples) tensors, or pairs of them and the lengths",
+}
 PAPER = "[arXiv 2506.01138](https://arxiv.org/abs/2506.01138)"
 TASK = ("audio-classification", "Speech emotion recognition")
 
@@ -28,14 +34,22 @@ import parrot
 
 model = parrot.from_pretrained("THIS_FOLDER")
 model.description["labels"], model.description["encoders"]
-logits = model(*embeddings)  # one (batch, width) tensor per encoder
+logits = model(*features)  # one per encoder: FEATURES
 ```"""
 
 BATCH = """\
 **Predictions depend on the batch.** As in the paper, transport joins the clips of a batch, here {batch_size}: with
 other clips beside it a clip's answer may differ, and one clip alone is a batch of one, where transport does nothing.
-Models trained as `parrot-reference` don't have this property."""
+Models trained as `parrot-reference` or `parrot-frames` don't have this property."""
 ALONE = "A clip's prediction does not depend on other clips."
+
+
+FROZEN = """\
+They are not in this folder; `parrot predict --encoders SPEC ...` says where they are, and a fingerprint of their
+weights and settings keeps others out. Embeddings are not standardised."""
+TRAINED = """\
+Their weights were trained on with the model's and are in this folder. Their specs must be found all the same, where
+they were: they say how the encoders are built, and a fingerprint keeps others out. Embeddings are not standardised."""
 
 
 def run_card(description: dict[str, Any], results: CrossValidation, experiment: Experiment) -> str:
@@ -47,6 +61,8 @@ def run_card(description: dict[str, Any], results: CrossValidation, experiment: 
         experiment: what it ran on.
     """
     from huggingface_hub import EvalResult, ModelCardData
+
+    from parrot.model import inputs_of
 
     system, summary = description["system"], results.summary()
     title = experiment.title(system)
@@ -61,7 +77,8 @@ def run_card(description: dict[str, Any], results: CrossValidation, experiment: 
         model_name=f"{title} on {experiment.corpus}", eval_results=scores, metrics=sorted(HUB_METRICS.values()),
         **_common(),
     )  # fmt: skip
-    config, sizes = results.config, results.fold_sizes
+    config, sizes, inputs = results.config, results.fold_sizes, inputs_of(system)
+    frozen = inputs != "waveforms"
     counts = [fold["test"] for fold in sizes]
     tested = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     encoders = [
@@ -78,13 +95,13 @@ def run_card(description: dict[str, Any], results: CrossValidation, experiment: 
     ]
     parts = [
         f"# {title} on {experiment.corpus}",
-        f"A classifier of speech emotion over {len(encoders)} frozen encoder{'s' * (len(encoders) > 1)}, trained with "
-        f"parrot-kernels; the method is that of {PAPER}. Labels: {', '.join(description['labels'])}.",
+        f"A classifier of speech emotion over {len(encoders)} {'frozen' if frozen else 'fine-tuned'} "
+        f"encoder{'s' * (len(encoders) > 1)}, trained with parrot-kernels; the method is that of {PAPER}. Labels: "
+        f"{', '.join(description['labels'])}.",
         "## Use",
-        USE,
+        USE.replace("FEATURES", FEATURES[inputs]),
         "## Encoders",
-        "They are not in this folder; `parrot predict --encoders SPEC ...` says where they are, and a fingerprint of "
-        "their weights and settings keeps others out. Embeddings are not standardised.",
+        FROZEN if frozen else TRAINED,
         _table(["encoder", "spec", "width", "input", "weights", "fingerprint"], encoders),
         "## Data and protocol",
         f"{experiment.utterances} utterances of {experiment.speakers} speakers of {experiment.corpus}; "
@@ -109,13 +126,16 @@ def plain_card(config: dict[str, Any]) -> str:
     """The card of a model of which no run is known; ``config`` is the content of its config.json."""
     from huggingface_hub import ModelCardData
 
+    from parrot.sharing import Shareable
+
     labels = config["description"].get("labels")
+    inputs = getattr(Shareable.classes[config["architecture"]], "inputs", "embeddings")
     parts = [
         f"# {config['architecture']}",
-        f"A classifier of speech emotion over embeddings of frozen encoders, made with {config['written_by']}; the "
+        f"A classifier of speech emotion over speech encoders, made with {config['written_by']}; the "
         f"method is that of {PAPER}." + (f" Labels: {', '.join(labels)}." if labels else ""),
         "## Use",
-        USE,
+        USE.replace("FEATURES", FEATURES[inputs]),
         "## Limits",
         "This folder does not say what the model was trained on, nor how good it is.",
         PURPOSE,

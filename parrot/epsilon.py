@@ -41,7 +41,13 @@ class Epsilon(nn.Module):
         return self.eps if self.current is None else self.current
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the schedule which epoch, from 1, begins."""
+        """Tell the schedule which epoch, from 1, begins.
+
+        Raises:
+            ValueError: an epoch before the first.
+        """
+        if epoch < 1:
+            raise ValueError(f"Epsilon.set_epoch: `epoch` counts from 1; got {epoch}.")
         if self.current is not None:
             done = min(1.0, (epoch - 1) / self.epochs)
             self.current.fill_(self.start ** (1 - done) * self.eps**done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from pathlib import Path
 def write_atomically(path: str | os.PathLike, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write ``data``, given whole or in pieces, to ``path`` so that a reader, or a crash, never sees half of it.
 
-    The bytes go to a temporary file in the same folder, reach the disk, and then take the name in one step.
+    The bytes go to a temporary file in the same folder, reach the disk, and then take the name in one step. Of several
+    writers, threads or processes on one machine or many, the last one's file stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)

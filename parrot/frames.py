@@ -104,7 +104,7 @@ class FrameParrot(Shareable, nn.Module):
         return torch.stack(logits)
 
     def plan(self, *features: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """The plans (B, T_1, T_2), zero past an utterance's frames."""
+        """The plans (B, T_1, T_2), T_k the longest of the lengths, zero past an utterance's frames."""
         (x, x_lengths), (y, y_lengths) = self._project(features)
         return self._transport(x, y, x_lengths, y_lengths, return_plan=True).plan
 

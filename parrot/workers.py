@@ -24,7 +24,8 @@ def usable_cores() -> int:
 
 def launched() -> bool:
     """Whether a launcher (`accelerate launch`, `torchrun`) has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # Schedulers of clusters set the first of these too.
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def run_all(fit: Callable[..., Any], runs: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:

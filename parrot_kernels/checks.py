@@ -30,6 +30,17 @@ def cast(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
+def to_int32(tensor: MaybeTensor) -> MaybeTensor:
+    """Lengths and indices in int32, as kernels read them; what does not fit becomes the nearest value that does.
+
+    So what was out of range stays out of range; a plain conversion would wrap around.
+    """
+    if tensor is None or tensor.dtype == torch.int32:
+        return tensor
+    limits = torch.iinfo(torch.int32)
+    return tensor.clamp(limits.min, limits.max).to(torch.int32)
+
+
 def tensor(
     op: str,
     argument: str,
@@ -85,6 +96,15 @@ def choice(op: str, argument: str, value: object, options: Sequence[object]) -> 
     """Check that ``value`` is one of ``options``."""
     if value not in options:
         raise error(op, argument, "one of " + ", ".join(repr(o) for o in options), repr(value))
+
+
+def fits_int32(op: str, argument: str, value: Tensor) -> None:
+    """Check that int64 values keep apart in int32; on a CUDA device they are not read."""
+    if value.dtype != torch.int64 or value.device.type != "cpu" or value.numel() == 0:
+        return
+    limits, (low, high) = torch.iinfo(torch.int32), (int(value.min()), int(value.max()))
+    if low < limits.min or high > limits.max:
+        raise error(op, argument, "within int32", f"values from {low} to {high}", "Number the sequences from 0.")
 
 
 def lengths_in_range(op: str, argument: str, lengths: Tensor | None, limit: int) -> None:

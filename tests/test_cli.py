@@ -226,6 +226,10 @@ def test_other_inputs_from_training_to_prediction(demo, clips, tmp_path, capsys,
     assert main([str(a) for a in ("train", *corpus, *systems, *options)]) == 0
     assert title in json.loads((tmp_path / "report.json").read_text())["systems"][system]["title"]
     capsys.readouterr()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert {"parrot-frames": "frames", "parrot-layers": "layers + 1", "parrot-finetuned": "samples"}[system] in card
+    trained = system == "parrot-finetuned"
+    assert ("2 fine-tuned encoders" in card, "are in this folder" in card) == (trained, trained)
 
     def answers(*files):
         assert main(["predict", *files, "--model", str(tmp_path / "model"), "--json"]) == 0

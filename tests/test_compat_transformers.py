@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 
 import pytest
 import torch
@@ -199,6 +201,33 @@ def test_overlapping_blocks():
     first.__exit__(None, None, None)
     assert dict(vars(modeling)) != before
     second.__exit__(None, None, None)
+    assert dict(vars(modeling)) == before
+
+
+def test_a_block_that_begins_while_another_enables(monkeypatch):
+    modeling = transformers.models.mamba.modeling_mamba
+    before, begun, met = dict(vars(modeling)), threading.Event(), []
+
+    def slowly(*arguments):
+        begun.set()
+        time.sleep(0.02)
+        replace(*arguments)
+
+    def other():
+        begun.wait()
+        with fast.enabled():
+            first_ended.wait(timeout=10)
+            met.append(dict(vars(modeling)) != before)
+
+    replace, first_ended = fast._replace, threading.Event()
+    monkeypatch.setattr(fast, "_replace", slowly)
+    thread = threading.Thread(target=other)
+    thread.start()
+    with fast.enabled():
+        time.sleep(0.2)  # the other begins
+    first_ended.set()
+    thread.join()
+    assert met == [True]
     assert dict(vars(modeling)) == before
 
 

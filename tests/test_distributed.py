@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from parrot import cli
 from parrot.distributed import Group, join
 from parrot.features import Extraction, extract
+from parrot.workers import launched
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # on a free port
@@ -159,3 +160,11 @@ def test_one_process_does_not_import_accelerate():
     )
     environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+
+
+def test_a_scheduler_s_world_size_alone_launches_nothing(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert not launched()
+    monkeypatch.setenv("RANK", "1")
+    assert launched()

@@ -103,6 +103,7 @@ def test_training_moves_eps_and_restores_that_of_the_best_epoch():
         (lambda: Epsilon(0.05, start=0.5, learned=True), "goes without a schedule"),
         (lambda: Epsilon(-1.0), "`eps` must be positive; got -1.0"),
         (lambda: Epsilon(0.05, start=math.inf), "`start` must be positive; got inf"),
+        (lambda: Epsilon(0.05, start=0.5).set_epoch(0), "`epoch` counts from 1; got 0"),
     ],
 )
 def test_what_is_wrong_is_said(call, message):

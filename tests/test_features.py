@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from parrot import features, store
+from parrot.commands.experiment import embed_corpus
 from parrot.corpora import Corpus, Utterance
 from parrot.features import Extraction, extract
 from parrot.store import FeatureStore
@@ -353,8 +355,8 @@ def test_a_full_disk_is_told_and_loses_nothing(corpus, cache, monkeypatch):
 def test_writing_to_a_device_that_is_full(corpus, cache, monkeypatch):
     """The system's own ENOSPC, from a temporary file that leads to /dev/full."""
     cached = FeatureStore(cache, "f" * 32, 3)
-    temporary = cached.folder / f".shard-000001.safetensors.{os.getpid()}.tmp"
-    temporary.symlink_to("/dev/full")
+    monkeypatch.setattr("parrot.files.uuid.uuid4", lambda: uuid.UUID(int=0))
+    (cached.folder / f".shard-000001.safetensors.{'0' * 32}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         cached.add({bytes(32): np.ones(3, np.float32)})
     assert shards(cache) == []
@@ -569,3 +571,13 @@ def test_an_unknown_kind_is_refused(corpus, tmp_path):
         extract(corpus, TinyEncoder(), tmp_path, False, kind="tokens")
     with pytest.raises(ValueError, match="embeddings, which alone are compiled; got 'frames'"):
         extract(corpus, TinyEncoder(), tmp_path, False, how=features.Extraction(compile=True), kind="frames")
+
+
+def test_recordings_of_one_name_in_two_folders_are_both_left_out(tmp_path):
+    good = make_corpus(tmp_path, 2)
+    bad = [Utterance(tmp_path / folder / "bad.wav", "s9", good.labels[0], "x") for folder in ("one", "two")]
+    corpus = Corpus("two", tmp_path, (*good.utterances, *bad), good.labels)
+    with pytest.warns(UserWarning, match="2 of 4 recordings can't be used"):
+        rows, _, _, failures = embed_corpus(corpus, [TinyEncoder()], tmp_path / "cache", Extraction())
+    assert rows.tolist() == [0, 1]
+    assert [name for name, _ in failures] == ["bad.wav", "bad.wav"]

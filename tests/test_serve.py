@@ -29,12 +29,12 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models `parrot` and `parrot-reference`, untrained, and three recordings."""
+    """Models, untrained, and three recordings."""
     folder = tmp_path_factory.mktemp("serve")
     pair = [encoders.load(spec) for spec in ("ssam-demo", "hubert-demo")]
     dims = [encoder.embedding_dim for encoder in pair]
     facts = [{"spec": e.name, "name": e.name, "fingerprint": e.fingerprint, "random": True} for e in pair]
-    for name in ("parrot", "parrot-reference", "fcn-0"):
+    for name in ("parrot", "parrot-reference", "parrot-frames", "fcn-0"):
         torch.manual_seed(0)
         model = build(name, dims, len(LABELS))
         if name == "parrot-reference":
@@ -113,6 +113,13 @@ def test_a_clip_alone_and_among_others_in_the_paper_s_mode(folder, served):
     assert "base64" in str(plan)
     wanted = next(predictor.files([first, *others]))
     assert {e["label"]: e["confidence"] for e in shares["confidences"]} == pytest.approx(wanted["probabilities"])
+
+
+def test_transport_between_frames_is_told_as_such(folder, served):
+    clip = folder / "clips" / "220.wav"
+    *_, plan, note = ask(served(Predictor.load(folder / "parrot-frames")), str(clip))
+    assert note == app.FRAMES
+    assert "base64" in str(plan)
 
 
 def test_what_can_t_be_used_is_an_error_on_the_page(folder, served, tmp_path):

@@ -270,6 +270,14 @@ def test_models_are_built_without_the_hub_library():
     assert done.stdout.strip() == "torch.Size([2, 3])", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("fcn-0", "(batch, width) tensors"), ("parrot-frames", "(batch, frames, width) tensors, or")]
+)
+def test_a_card_says_what_the_model_takes(name, wanted, tmp_path):
+    make(name).save_pretrained(tmp_path)
+    assert f"logits = model(*features)  # one per encoder: {wanted}" in (tmp_path / CARD).read_text()
+
+
 def test_a_plain_card_has_a_header_the_hub_reads(folder):
     text = (folder / CARD).read_text()
     header = huggingface_hub.ModelCard(text).data

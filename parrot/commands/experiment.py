@@ -127,8 +127,8 @@ def embed_corpus(
 ) -> tuple[np.ndarray, list[str], dict[str, list[np.ndarray | StoredRows | Ragged]], tuple[tuple[str, str], ...]]:
     """The utterances that all encoders could embed, their files' hashes, features by kind; (file, reason) of others.
 
-    Features are in memory where they are small, else on disk. Waveforms, a kind too, are always in memory, of the
-    utterances of which there are embeddings.
+    Features are in memory where they are small, else on disk. Layers, and waveforms, a kind too, are always in memory;
+    waveforms are those of the utterances of which there are embeddings.
     """
     import numpy as np
 
@@ -146,7 +146,7 @@ def embed_corpus(
     rows = every[0].indices
     for table in every[1:]:
         rows = np.intersect1d(rows, table.indices)
-    failures = {str(path.name): reason for table in every for path, reason in table.failures}
+    failures = {path: reason for table in every for path, reason in table.failures}
     chosen = {
         kind: [table.rows.select(np.searchsorted(table.indices, rows)) for table in found]
         for kind, found in tables.items()
@@ -166,7 +166,7 @@ def embed_corpus(
         found["waveforms"] = [
             Ragged.join(load_waveform(path, e.sample_rate, e.min_samples) for path in paths) for e in encoders
         ]
-    return rows, hashes, found, tuple(sorted(failures.items()))
+    return rows, hashes, found, tuple((path.name, reason) for path, reason in sorted(failures.items()))
 
 
 def _origin(experiment: Experiment) -> dict[str, Any]:

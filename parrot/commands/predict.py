@@ -24,7 +24,8 @@ start and end in seconds, label and probabilities, or error.
 
 PARROT and OT only solve one transport problem per batch of clips, so there the answer for a clip depends on the
 clips given with it: many clips of a kind are answered as in testing, one clip alone is a batch of one, where
-transport does nothing. So is each window of a stream. Models trained as parrot-reference answer each clip alone."""
+transport does nothing. So is each window of a stream. Models trained as parrot-reference or parrot-frames answer
+each clip alone."""
 
 EXAMPLES = """\
 examples:

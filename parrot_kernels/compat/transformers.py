@@ -17,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -34,12 +35,17 @@ PIECE = 128  # steps that inference runs at a time: fewer, and the projections s
 _ABSENT = object()
 _replaced: list[tuple[Any, str, Any]] = []  # (owner, attribute, value before)
 _blocks = 0  # of `enabled` that are open
+_lock = threading.RLock()  # nobody meets half of what is replaced
 
 
 def enable() -> None:
     """Make Mamba, FalconMamba and Jamba models use parrot_kernels. Does nothing when they already do."""
-    if _replaced:
-        return
+    with _lock:
+        if not _replaced:
+            _enable()
+
+
+def _enable() -> None:
     # All are imported before any is touched: one that is missing leaves the others as they are.
     modules = [importlib.import_module(f"transformers.models.{model}.modeling_{model}") for model in MIXERS]
     for modeling, mixer_name in zip(modules, MIXERS.values(), strict=True):
@@ -61,12 +67,13 @@ def enable() -> None:
 
 def disable() -> None:
     """Undo `enable`."""
-    while _replaced:
-        owner, name, value = _replaced.pop()
-        if value is _ABSENT:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, value)
+    with _lock:
+        while _replaced:
+            owner, name, value = _replaced.pop()
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
 
 @contextlib.contextmanager
@@ -76,17 +83,19 @@ def enabled() -> Iterator[None]:
     Blocks may overlap, as they do in threads: the last to end disables.
     """
     global _blocks
-    if not _blocks and _replaced:  # by `enable`, which outlasts the block
-        yield
-        return
-    enable()
-    _blocks += 1
+    with _lock:
+        outlasted = not _blocks and bool(_replaced)  # by `enable`
+        if not outlasted:
+            enable()
+            _blocks += 1
     try:
         yield
     finally:
-        _blocks -= 1
-        if not _blocks:
-            disable()
+        if not outlasted:
+            with _lock:
+                _blocks -= 1
+                if not _blocks:
+                    disable()
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -94,8 +94,9 @@ def causal_conv1d(
         reverse: run from the last valid step to the first.
         lengths: valid steps of each sequence (b,), int32 or int64, 0 <= lengths <= l. At the other steps the output
             is 0 and every gradient exactly 0, whatever the input holds there. Values are checked on CPU tensors only.
-        seq_idx: (b, l), int32 or int64: taps that reach into a step of another index are dropped, so that packed
-            sequences do not meet. The initial state belongs to the sequence of the first step (in scan order).
+        seq_idx: (b, l), int32 or int64, values within int32: taps that reach into a step of another index are
+            dropped, so that packed sequences do not meet. The initial state belongs to the sequence of the first step
+            (in scan order).
         initial_state: the w-1 inputs before the first step (b, d, w-1), the oldest first; zero by default. Any
             floating dtype, converted to that of x.
         return_final_state: return the last w-1 inputs too, the initial state of what follows.
@@ -119,8 +120,8 @@ def causal_conv1d(
         x,
         checks.cast(weight, dtype),
         checks.cast(bias, dtype),
-        checks.cast(lengths, torch.int32),
-        checks.cast(seq_idx, torch.int32),
+        checks.to_int32(lengths),
+        checks.to_int32(seq_idx),
         checks.cast(initial_state, x.dtype),
         activation is not None,
         reverse,
@@ -145,6 +146,8 @@ def _check(
         checks.tensor(OP, "lengths", lengths, shape=("b",), like=x, dtypes=checks.INTEGERS, sizes=sizes)
     if seq_idx is not None:
         checks.tensor(OP, "seq_idx", seq_idx, shape=("b", "l"), like=x, dtypes=checks.INTEGERS, sizes=sizes)
+        if eager.is_plain((seq_idx,)):
+            checks.fits_int32(OP, "seq_idx", seq_idx)
     if initial_state is not None:
         shape = ("b", "d", sizes["w"] - 1)
         checks.tensor(OP, "initial_state", initial_state, shape=shape, like=x, dtypes=checks.FLOATS, sizes=sizes)

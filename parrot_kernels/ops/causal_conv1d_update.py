@@ -58,7 +58,10 @@ def causal_conv1d_update(
     _check(x, state, weight, bias, activation, cache_seqlens, state_indices)
     dtype = checks.compute_dtype(x.dtype)
     weight, bias = checks.cast(weight, dtype), checks.cast(bias, dtype)
-    seen, indices = checks.cast(cache_seqlens, torch.int32), checks.cast(state_indices, torch.int32)
+    seen = cache_seqlens
+    if seen is not None and seen.dtype != torch.int32:  # only where the ring stands matters: that fits
+        seen = seen.remainder(state.shape[2]).to(torch.int32)
+    indices = checks.to_int32(state_indices)
     steps = x.unsqueeze(-1) if x.dim() == 2 else x
     silu = activation is not None
     if state.dtype in (dtype, x.dtype, torch.float64):  # the kernels take these; others fit into dtype
@@ -85,6 +88,7 @@ def _step(
     if not eager.wants_gradients((x, weight, bias)):
         return _run(state, x, weight, bias, seen, indices, silu, backend)
     backends.select(OP, x.device.type, x.dtype, backend)
+    checks.indices_in_range(OP, "state_indices", indices, state.shape[0])
     rows = state.clone() if indices is None else state[indices.clamp(min=0).long()]  # the backward reads them
     out, new_rows = reference.causal_conv1d_update(x, rows, weight, bias, "silu" if silu else None, seen)
     with torch.no_grad():

@@ -122,8 +122,8 @@ def selective_scan(
         reverse: run from the last valid step to the first.
         lengths: valid steps of each sequence (b,), int32 or int64, 0 <= lengths <= l. At the other steps the output
             is 0 and every gradient exactly 0, whatever the inputs hold there. Values are checked on CPU tensors only.
-        seq_idx: (b, l), int32 or int64: the state restarts from zero where it differs from the step before (in scan
-            order), so that packed sequences do not meet.
+        seq_idx: (b, l), int32 or int64, values within int32: the state restarts from zero where it differs
+            from the step before (in scan order), so that packed sequences do not meet.
         initial_state: state before the first step (b, d, n); zero by default.
         return_final_state: return the state after the last valid step too (the initial one if there is none).
         backend: "cpu", "cuda", "triton" or "torch"; by default chosen by device.
@@ -145,7 +145,7 @@ def selective_scan(
     A, D, delta_bias = checks.cast(A, dtype), checks.cast(D, dtype), checks.cast(delta_bias, dtype)
     initial_state = checks.cast(initial_state, dtype)
     B, C = (checks.cast(t, dtype) if t.dim() == 2 else t for t in (B, C))
-    lengths, seq_idx = checks.cast(lengths, torch.int32), checks.cast(seq_idx, torch.int32)
+    lengths, seq_idx = checks.to_int32(lengths), checks.to_int32(seq_idx)
     inputs = (u, delta, A, B, C, D, z, delta_bias, lengths, seq_idx, initial_state)
     out, final_state, _ = _call(*inputs, delta_softplus, reverse, False, backend)
     return (out, final_state) if return_final_state else out
@@ -181,6 +181,8 @@ def _check(
         checks.tensor(OP, "lengths", lengths, shape=("b",), like=u, dtypes=checks.INTEGERS, sizes=sizes)
     if seq_idx is not None:
         checks.tensor(OP, "seq_idx", seq_idx, shape=("b", "l"), like=u, dtypes=checks.INTEGERS, sizes=sizes)
+        if eager.is_plain((seq_idx,)):
+            checks.fits_int32(OP, "seq_idx", seq_idx)
     if initial_state is not None:
         shape = ("b", "d", "n")
         checks.tensor(OP, "initial_state", initial_state, shape=shape, like=u, dtypes=checks.FLOATS, sizes=sizes)

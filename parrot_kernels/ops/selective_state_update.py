@@ -65,7 +65,7 @@ def selective_state_update(
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_indices)
     dtype = checks.compute_dtype(x.dtype)
     A, D, dt_bias = checks.cast(A, dtype), checks.cast(D, dtype), checks.cast(dt_bias, dtype)
-    indices = checks.cast(state_indices, torch.int32)
+    indices = checks.to_int32(state_indices)
     if state.dtype not in (dtype, x.dtype, torch.float64):  # the kernels take these; others fit into dtype
         wide = state.detach().to(dtype)
         out = _step(wide, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, backend)
@@ -93,6 +93,7 @@ def _step(
     if not eager.wants_gradients((x, dt, A, B, C, D, z, dt_bias)):
         return _run(state, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, backend)
     backends.select(OP, x.device.type, x.dtype, backend)
+    checks.indices_in_range(OP, "state_indices", indices, state.shape[0])
     inputs: dict[str, Any] = {
         "x": x,
         "dt": dt,

@@ -151,7 +151,7 @@ def sinkhorn_hadamard(
 
     dtype = checks.compute_dtype(x.dtype)
     a, b, cost_matrix = (checks.cast(t, dtype) for t in (a, b, cost_matrix))
-    x_lengths, y_lengths = checks.cast(x_lengths, torch.int32), checks.cast(y_lengths, torch.int32)
+    x_lengths, y_lengths = checks.to_int32(x_lengths), checks.to_int32(y_lengths)
     inputs: Iterable[Tensor | None] = (x, y, a, b, x_lengths, y_lengths, cost_matrix)
     if single:
         inputs = (None if t is None else t.unsqueeze(0) for t in inputs)
