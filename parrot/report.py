@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -320,7 +320,6 @@ def colour(system: str) -> str:
 def _plots(results: CrossValidation, experiment: Experiment, folder: Path) -> dict[str, str]:
     """Draw and save the plots; returns file name -> caption."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     focus = next((s for s in ("parrot", "ot") if s in results.systems), next(reversed(results.systems)))
     title = experiment.title(focus)
@@ -339,12 +338,18 @@ def _plots(results: CrossValidation, experiment: Experiment, folder: Path) -> di
                 "Transport plan of one test batch, clips sorted by emotion",
             )
         for name, (figure, caption) in figures.items():
-            canvas = FigureCanvasAgg(figure)
-            temporary = folder / f".{name}.{os.getpid()}.png"
-            canvas.print_png(temporary, metadata={"Software": "parrot-kernels"})
-            os.replace(temporary, folder / name)
+            save_picture(figure, folder / name)
             pictures[name] = caption
     return pictures
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all; the same figure gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": "parrot-kernels"})
+    write_atomically(path, png.getvalue())
 
 
 def _figure(width: float, height: float) -> Figure:

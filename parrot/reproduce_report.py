@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from parrot import published
 from parrot.files import write_atomically
-from parrot.report import ACCENT, FUSION, INK, SINGLE, STYLE, environment
+from parrot.report import ACCENT, FUSION, INK, SINGLE, STYLE, environment, save_picture
 from parrot.reproduce import SYSTEMS, TITLES, CorpusData, Result, Row, paired_test
 
 METRICS = {"wa": "accuracy", "macro_f1": "macro-F1"}
@@ -310,7 +309,6 @@ def _folds_csv(entries: list[dict[str, Any]]) -> str:
 def _plot(result: Result, entries: list[dict[str, Any]], path: Path) -> None:
     """Per corpus: our mean accuracy with its deviation and every fold, and a diamond where a figure is published."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -342,6 +340,4 @@ def _plot(result: Result, entries: list[dict[str, Any]], path: Path) -> None:
         if any(entry["published"] for entry in entries):
             diamond = Line2D([], [], marker="D", color="none", markeredgecolor=INK, markerfacecolor="none")
             figure.legend([diamond], ["published"], loc="outside lower right", fontsize=9)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-        FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": "parrot-kernels"})
-        os.replace(temporary, path)
+        save_picture(figure, path)

@@ -71,7 +71,7 @@ def main() -> int:
         print(f"  {name:<{width}}  {value}")
     print("\nWhat serves each op (float32):\n")
     for op, backend, status in backends.report():
-        print(f"  {op:<18} {backend:<7} {status}")
+        print(f"  {op:<{max(map(len, backends.IMPLEMENTED))}}  {backend:<6}  {status}")
     print()
     for op in backends.IMPLEMENTED:
         for device in ("cpu", "cuda"):

@@ -282,3 +282,23 @@ def test_convert_refuses(weights, tmp_path, capsys):
     assert main(["convert", str(tmp_path / "a.pth"), str(target), "--force"]) == 0
     assert SSAM.from_file(target).fingerprint == SSAM.from_file(tmp_path / "a.pth").fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "a.safetensors", "b.pth"]
+
+
+@FORMATS
+def test_a_small_file_that_asks_for_much_memory_by_strides(legacy, tmp_path):
+    path = tmp_path / "bomb.pth"
+    torch.save({"weight": torch.ones(1).expand(10**6, 10**6)}, path, _use_new_zipfile_serialization=not legacy)
+    assert path.stat().st_size < 5000
+    with pytest.raises(ValueError, match=r"shape \(1000000, 1000000\) in a storage of 1 values"):
+        read_state_dict(path)
+
+
+def test_a_small_file_that_asks_for_much_memory_by_compression(tmp_path):
+    plain, path = tmp_path / "plain.pth", tmp_path / "bomb.pth"
+    torch.save({"weight": torch.zeros(10**6)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert path.stat().st_size < 10_000
+    with pytest.raises(ValueError, match=r"is compressed, as torch\.save leaves none"):
+        read_state_dict(path)

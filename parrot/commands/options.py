@@ -63,7 +63,7 @@ def extraction(args: argparse.Namespace) -> Extraction:
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--systems", nargs="+", metavar="SYSTEM", help="what to train (everything there is)")
+    parser.add_argument("--systems", nargs="+", metavar="SYSTEM", help="what to train (every system of the paper)")
     parser.add_argument("--folds", type=int, default=5, metavar="N", help="speaker-disjoint folds (%(default)s)")
     parser.add_argument("--epochs", type=int, default=50, metavar="N", help="the most epochs (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="clips in a batch (%(default)s)")
@@ -72,7 +72,7 @@ def training_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1e-5,
         metavar="X",
-        help="where encoders are trained (%(default)s)",
+        help="Adam's for the encoders of parrot-finetuned (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of folds and training (%(default)s)")
     parser.add_argument(

@@ -10,6 +10,7 @@ are no obstacle, and a hostile file does nothing. Only the bytes of the tensors 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import sys
 import zipfile
@@ -213,6 +214,8 @@ class _LazyTensor:
         """A contiguous copy; as_strided raises where sizes, strides and offset reach beyond the storage."""
         data = storages(self.storage)
         wanted = self.storage.numel * self.storage.dtype.itemsize
+        if math.prod(self.size) > self.storage.numel:  # strides of 0 could ask for any amount of memory
+            raise _Refused(f"it is damaged: a tensor of shape {self.size} in a storage of {self.storage.numel} values.")
         if len(data) != wanted:
             raise _Refused(f"it is truncated: wanted {wanted} bytes of a tensor, got {len(data)}. {DOWNLOAD_AGAIN}")
         if not wanted:
@@ -269,8 +272,10 @@ def _read_zip(file: BinaryIO) -> dict[str, Tensor]:
 
 
 def _entry(archive: zipfile.ZipFile, name: str, storage: _Storage) -> str:
-    size, wanted = archive.getinfo(name).file_size, storage.numel * storage.dtype.itemsize
-    if size != wanted:
+    info, wanted = archive.getinfo(name), storage.numel * storage.dtype.itemsize
+    if info.compress_type != zipfile.ZIP_STORED:  # a small file of this kind could ask for any amount of memory
+        raise _Refused(f"{name} is compressed, as torch.save leaves none. Save the weights again.")
+    if (size := info.file_size) != wanted:
         raise _Refused(f"it is damaged: wanted {wanted} bytes of {name}, got {size}. {DOWNLOAD_AGAIN}")
     return name
 
