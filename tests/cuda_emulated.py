@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import importlib.machinery
 import importlib.util
 import os
@@ -19,7 +21,8 @@ import pytest
 
 from parrot_kernels import native
 
-SOURCES = Path(__file__).parents[1] / "csrc"
+TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "csrc"
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_HOME / "bin")
 
@@ -32,42 +35,55 @@ def _toolkits() -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=1)
 def module() -> ModuleType:
-    """The extension, built once a process; skips the test where it can't be."""
+    """The extension, built by the first process that asks for it; skips the test where it can't be."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++")
     toolkit = next((path for path in _toolkits() if (path / "cuda_bf16.h").exists()), None)
     if compiler is None or toolkit is None:
         pytest.skip("needs g++ and the headers of the CUDA toolkit")
-    tests = Path(__file__).parent
     include = [SOURCES, SOURCES / "include", SOURCES / "cuda", SOURCES / "cpu", toolkit, pybind11.get_include()]
     include.append(Path(sys.base_prefix) / "include" / f"python3.{sys.version_info.minor}")
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-U_FORTIFY_SOURCE",
-        "-Wno-unknown-pragmas",
-        *(f"-I{path}" for path in include),
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-
-        def build(source: Path) -> Path:
-            target = Path(folder) / f"{source.stem}.o"
-            emulated = ["-include", tests / "cuda_emulation.h", "-x", "c++", "-c", source, "-o", target]
-            subprocess.run([*command, *emulated], check=True)
-            return target
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(build, [tests / "cuda_emulation.cpp", *sorted((SOURCES / "cuda").glob("*.cu"))]))
-        library = Path(folder) / "_C.so"
-        subprocess.run([*command, "-shared", *objects, "-o", library], check=True)
-        loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
-        result = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
-        loader.exec_module(result)
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+    command += [f"-I{path}" for path in include]
+    folder = SOURCES.parent / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{_fingerprint(command)}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in folder.glob("*.so"):
+                old.unlink()
+            _build(command, library)
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
+    result = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+    loader.exec_module(result)
     for dtype, code in native.DTYPE_CODES.items():
         result.register_dtype(dtype, code)
     return result
+
+
+def _fingerprint(command: list[str]) -> str:
+    digest = hashlib.sha256(repr(command).encode())
+    for path in sorted([*SOURCES.rglob("*"), *TESTS.glob("cuda_emulation.*")]):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build(command: list[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+
+        def compile_one(source: Path) -> str:
+            target = f"{folder}/{source.stem}.o"
+            emulated = ["-include", TESTS / "cuda_emulation.h", "-x", "c++", "-c", source, "-o", target]
+            subprocess.run([*command, *emulated], check=True)
+            return target
+
+        sources = [TESTS / "cuda_emulation.cpp", *sorted((SOURCES / "cuda").glob("*.cu"))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        subprocess.run([*command, "-shared", *objects, "-o", f"{folder}/_C.so"], check=True)
+        os.replace(f"{folder}/_C.so", library)
 
 
 def call(function: str, **arguments: object) -> None:
