@@ -49,6 +49,7 @@ def test_every_provider_gets_its_turn_in_each_round():
     assert "".join(turns).replace("aa", "a").replace("bb", "b").count("ab") >= 5
 
 
+@pytest.mark.slow
 def test_rows_are_appended_with_their_origin(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.import_module("benchmarks.causal_conv1d"), "CASES", [OPS[2].TINY])
     arguments = ["--op", "causal_conv1d", "--seconds", "0.01", "--skip", "compiled", "--modes", "forward"]
@@ -147,6 +148,7 @@ def test_a_process_of_its_own_tells_the_cost_of_the_first_call():
     assert all(row["p50_ms"] > 0 for row in measured)
 
 
+@pytest.mark.slow
 def test_the_quick_suite_runs_every_op_and_mode(monkeypatch, tmp_path):
     for op, name in zip(OPS, run.OPS, strict=True):
         monkeypatch.setattr(op, "CASES", [op.TINY])

@@ -211,6 +211,7 @@ def test_info_and_module_entry():
     assert "What serves each op" in done.stdout
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("system", "title", "alone"),
     [
@@ -240,6 +241,7 @@ def test_other_inputs_from_training_to_prediction(demo, clips, tmp_path, capsys,
     assert (answers(clips[1]) == answers(*clips[:3])[1:2]) == alone
 
 
+@pytest.mark.slow
 def test_three_encoders(demo, tmp_path, capsys):
     options = ["--cache", tmp_path / "features", "--output", tmp_path, "--folds", "2", "--epochs", "1", *DEMO[6:]]
     corpus = ["--corpus", "demo", demo / "corpus", "--encoders", "ssam-demo", "hubert-demo", "hubert-demo#0"]

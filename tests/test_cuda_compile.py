@@ -98,12 +98,14 @@ def check(module, inputs, options, monkeypatch, multiprocessors=0):
     return out, final_state, size
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(k for k, v in case.items() if v))
 def test_options(emulated, case, monkeypatch):
     inputs, options = make(case, dtype=torch.float32)
     check(emulated, inputs, options, monkeypatch)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("states", [1, 8, 16, 24, 32, 37, 64, 70])
 def test_state_sizes_and_dtypes(emulated, dtype, states, monkeypatch):

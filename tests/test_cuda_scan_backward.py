@@ -93,6 +93,7 @@ def test_empty_batch(dtype):
     assert all(torch.equal(t, torch.zeros_like(t)) for t in got.values())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "states_last", "mixed"])
 def test_layouts(layout, reverse):

@@ -134,6 +134,7 @@ def test_bad_arguments(tmp_path, arguments, message):
         demo.synthesise(tmp_path, **arguments)
 
 
+@pytest.mark.sampled(2)
 def test_recordings_are_well_formed(corpus):
     for utterance in corpus.utterances:
         samples, rate = soundfile.read(utterance.path)

@@ -64,6 +64,7 @@ def test_extraction_by_two_processes_is_that_of_one(tmp_path):
         assert again.reused == len(again.rows) == 29
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
     cases.corpus_of(tmp_path)
     done = launch(ROOT / "tests" / "distributed_cases.py", "separate_folders", tmp_path)
@@ -71,6 +72,7 @@ def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
     assert "must share the cache folder" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing_that_was_written(tmp_path):
     corpus = cases.make_corpus(tmp_path, 40)
     done = launch(ROOT / "tests" / "distributed_cases.py", "killed", tmp_path)
@@ -85,6 +87,7 @@ def test_a_killed_process_loses_nothing_that_was_written(tmp_path):
     assert resumed.values.tobytes() == alone.values.tobytes()
 
 
+@pytest.mark.slow
 def test_training_by_two_processes_is_that_of_one(tmp_path):
     run("training", tmp_path)
     for system in cases.SYSTEMS:
@@ -110,6 +113,7 @@ def test_gradients_of_the_whole_batch_agree_to_the_last_digits(tmp_path):
                     torch.testing.assert_close(two[name], one[name], rtol=1e-10, atol=1e-12, msg=f"{system} {name}")
 
 
+@pytest.mark.slow
 def test_cross_validation_by_two_processes(tmp_path):
     run("cross_validation", tmp_path)
     assert not (tmp_path / "results1").exists()  # the main process keeps the results

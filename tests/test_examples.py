@@ -15,6 +15,7 @@ EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "parrot_kernels.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_script_runs(name, tmp_path):
     if name == "transformers_mamba.py":

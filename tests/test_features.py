@@ -417,6 +417,7 @@ def start(corpus: Corpus, cache: Path, result: Path, seconds: float = 0.002) -> 
     return subprocess.Popen([sys.executable, "-c", program, str(result)])
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_nothing_is_lost(tmp_path, cache):
     """kill -9 again and again, each time a little after the run has made progress."""
     corpus = make_corpus(tmp_path, 150)

@@ -71,6 +71,7 @@ def test_without_a_compiler_the_wheel_is_pure_python(source, tmp_path):
     assert "sinkhorn_hadamard on cpu: torch" in doctor
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_with_a_compiler_the_wheel_has_the_cpu_kernels_and_nothing_of_torch(source, tmp_path):
     done = build_wheel(source, PARROT_BUILD_CUDA="0")
@@ -99,6 +100,7 @@ def test_a_wrong_setting_is_refused(source):
     assert "must be auto, 0 or 1; got 'maybe'" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_code_that_does_not_compile_leaves_a_working_install(source, tmp_path):
     (source / "csrc" / "bindings.cpp").write_text("#error broken on purpose\n")

@@ -112,6 +112,7 @@ def test_documents_have_ours_beside_the_published(finished):
     assert (folder / "table2.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing(finished, tmp_path):
     small.run(tmp_path, jobs=2)
     assert contents(tmp_path) == contents(finished[0])
@@ -149,6 +150,7 @@ def killed_and_resumed(folder, kills, seed):
     return hits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bytes(kills, finished, tmp_path):
     assert killed_and_resumed(tmp_path, kills, seed=kills) >= kills // 2

@@ -43,6 +43,7 @@ def test_a_million_utterances(phase, first):
     assert cells(first) == [f"{row['p50_ms'] / 1e3:.1f}", f"{row['peak_mib']:.0f}"]
 
 
+@pytest.mark.slow
 def test_the_benchmarks_run(tmp_path):
     assert store.main(["--utterances", "20001", "--dim", "8", "--results", str(tmp_path)]) == 0
     arguments = ["--encoders", "ssam-demo", "--processes", "1", "--samples", "1", "--results", str(tmp_path)]

@@ -163,6 +163,7 @@ def test_results_do_not_depend_on_threads_batch_or_padding():
     assert torch.equal(final_state, together["final_state"][1:2])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.skipif("PARROT_CPU_ISA" in os.environ, reason="already on a chosen instruction set")
 @pytest.mark.parametrize("isa", ["v2", "v3"])
 @pytest.mark.parametrize("file", ["test_scan_cpu.py", "test_conv_cpu.py"])

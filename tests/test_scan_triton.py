@@ -42,6 +42,7 @@ def check(inputs, options, scale=1.0, **how) -> dict[str, Tensor]:
     return got
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @interpreted
 def test_options(shape):
@@ -70,6 +71,7 @@ def test_every_option_changes_the_reference(option, length):
     assert all(not torch.allclose(x, y) for x, y in combinations(results, 2))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("states", [1, 4, 12, 32, 40, 64])
 @interpreted
 def test_state_sizes(states):
@@ -85,6 +87,7 @@ def test_states_are_split_without_waste():
     assert all(lanes <= 32 and min(first, rest or first) >= 4 for first, rest, lanes in map(split, range(1, 300)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("length", [0, 129])
 @pytest.mark.parametrize("reverse", [False, True])
 @interpreted
@@ -116,6 +119,7 @@ def test_nothing_at_all():
         assert all(torch.all(gradient == 0) for name, gradient in got.items() if name.startswith("d"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "states_last"])
 @interpreted
 def test_layouts(layout):
@@ -126,6 +130,7 @@ def test_layouts(layout):
     check(inputs, options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 @interpreted
 def test_extreme_steps(scale):
@@ -136,6 +141,7 @@ def test_extreme_steps(scale):
     check(inputs, options)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("grads", [(True, False), (False, True), (False, False)])
 @interpreted
 def test_absent_output_gradients(grads):
@@ -159,6 +165,7 @@ def test_backward_without_checkpoints():
     check(*make(EVERYTHING, batch=1, length=40, dtype=torch.float32), checkpoints=False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reverse", [False, True])
 @interpreted
 def test_no_bit_depends_on_the_batch_or_the_padding(reverse):

@@ -186,6 +186,7 @@ def browser():
         browser.close()
 
 
+@pytest.mark.slow
 def test_in_a_browser(folder, browser, tmp_path):
     """`parrot serve` in a process of its own; PARROT_SCREENSHOT names where a picture of the page goes."""
     model = os.environ.get("PARROT_SCREENSHOT_MODEL", str(folder / "parrot"))

@@ -41,6 +41,7 @@ def assert_matches(module: Any, given: dict[str, Any], scale: float = 1.0) -> No
         assert_close(got[name], want[name].to(FP64), "sinkhorn", name, scale)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [FP32, FP64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_every_option(emulated, case, dtype):
@@ -54,6 +55,7 @@ SIZES = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(emulated, size, dtype):
@@ -185,7 +187,8 @@ def test_the_launcher_speaks_the_binding(emulated, monkeypatch):
     calls = {}
     monkeypatch.setattr(native, "call_cuda", lambda name, _, **arguments: calls.update({name: {*arguments, "stream"}}))
     arguments = launch_arguments(**points(1, 3, 4, 2))
-    KERNELS["cuda"].forward(**arguments, **allocate(arguments))
+    row = dict.fromkeys(("x_copy", "y_copy", "paired_hadamard"))
+    KERNELS["cuda"].forward(**arguments, **allocate(arguments), **row)
     for name, keywords in calls.items():
         signature = getattr(emulated, name).__doc__
         assert set(re.findall(r"(\w+): ", signature.split("*, ")[1].split(") ->")[0])) == keywords

@@ -55,6 +55,7 @@ def assert_matches_oracle(arguments: dict, backend: str, device: str, gradient: 
 # Against the reference
 
 
+@pytest.mark.sampled(4)
 @everywhere
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("case", CASES)
@@ -67,6 +68,7 @@ def test_every_option(backend, device, dtype, case, gradient):
             op(**to(problem(case, SIZES, dtype), device), backend=backend)
 
 
+@pytest.mark.sampled(3)
 @everywhere
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1, 1), (2, 1, 5, 3), (2, 5, 1, 3), (3, 7, 13, 1), (2, 7, 13, 3), (1, 33, 17, 120)], ids=str
@@ -185,6 +187,7 @@ def test_expanded_inputs(backend, device):
 # Each problem by itself
 
 
+@pytest.mark.sampled(3)
 @everywhere
 @pytest.mark.parametrize("sizes", [(5, 6, 7, 3), (3, 1, 9, 2), (3, 9, 1, 2), (2, 8, 5, 1), (3, 33, 40, 20)], ids=str)
 def test_batch_mates_do_not_matter(backend, device, sizes):
@@ -263,6 +266,7 @@ def test_threads_and_repetition_do_not_matter(backend, device):
 # torch.library, torch.compile, vmap, autocast, autograd
 
 
+@pytest.mark.sampled(3)
 @everywhere
 @pytest.mark.parametrize(("case", "gradient"), [("plain", "unrolled"), *(("everything", g) for g in GRADIENTS)])
 def test_opcheck(backend, device, case, gradient):
@@ -285,6 +289,7 @@ def test_opcheck(backend, device, case, gradient):
     torch.library.opcheck(module._forward, (*inputs, kind, gradient, backend, numbers))
 
 
+@pytest.mark.sampled(3)
 @everywhere
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_compile(backend, device, gradient):

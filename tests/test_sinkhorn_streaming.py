@@ -44,6 +44,7 @@ def test_outputs_at_odd_shapes(shape):
     check(*points(*shape), n_iters=4)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("cost_scale", [None, 2.5])
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine", "matrix"])
 @streaming
@@ -118,6 +119,7 @@ def test_optional_outputs_change_nothing():
         assert torch.equal(full[name], short[name]), name
 
 
+@pytest.mark.slow
 @streaming
 def test_batch_mates_and_padding_change_no_bit():
     x, y = points(3, 20, 35, 3)

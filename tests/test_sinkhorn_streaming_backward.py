@@ -54,6 +54,7 @@ def compare(arguments: dict[str, Any], gradient: str = "unrolled", scale: float 
     return got
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("gradient", ["unrolled", "detached"])
 @pytest.mark.parametrize("case", CASES)
 @streaming
@@ -62,6 +63,7 @@ def test_every_option(case, gradient):
     compare(problem(options, (3 if "lengths" in options else 1, 19, 35, 5), torch.float32), gradient)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine"])
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 1, 18, 3), (1, 17, 1, 20), (1, 16, 33, 1)], ids=str)
 @streaming
@@ -71,6 +73,7 @@ def test_sizes(size, cost):
     compare(problem({"cost": cost, "a": True, "b": True, "n_iters": 3}, size, torch.float32), scale=scale)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("gradient", ["unrolled", "detached"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @streaming
@@ -78,6 +81,7 @@ def test_half_precision_inputs(dtype, gradient):
     compare(problem({"n_iters": 3}, (1, 19, 35, 5), dtype), gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean"])
 @streaming
 def test_small_eps(cost):
@@ -104,6 +108,7 @@ def test_coincident_and_near_points():
     compare({**arguments, "x": arguments["x"] + 100.0, "y": arguments["y"] + 100.0, "cost": "sqeuclidean"}, scale=4.0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("output", ["x_to_y", "y_hadamard", "f", "plan", "cost"])
 @streaming
 def test_one_output_alone(output):
@@ -114,6 +119,7 @@ def test_one_output_alone(output):
         assert_close(got[name], want[name], "sinkhorn_grad", name)
 
 
+@pytest.mark.slow
 @streaming
 def test_batch_mates_and_padding_change_no_bit():
     arguments = problem({"lengths": True, "a": True, "eps": True, "tol": 1e-2, "n_iters": 4}, (3, 20, 35, 3), FP32)

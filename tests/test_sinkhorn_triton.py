@@ -84,6 +84,7 @@ def points(B: int, N: int, M: int, D: int, dtype: torch.dtype = torch.float32) -
     return torch.randn(B, N, D).to(dtype), torch.randn(B, M, D).to(dtype)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (2, 1, 5, 3), (1, 6, 1, 2), (3, 7, 13, 5), (1, 33, 17, 4), (1, 16, 130, 2)]
 )
@@ -92,6 +93,7 @@ def test_outputs_at_odd_shapes(shape):
     check(*points(*shape))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("cost_scale", [None, 2.5])
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine", "matrix"])
 @interpreted

@@ -18,6 +18,7 @@ def points(batch: int, n: int, m: int, dim: int) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, n, dim), "y": torch.randn(batch, m, dim), "n_iters": 6}
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("gradient", ["unrolled", "detached"])
 @pytest.mark.parametrize("case", CASES)
 @interpreted

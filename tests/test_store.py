@@ -317,6 +317,7 @@ def resident(rows: StoredRows) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's account of memory")
 def test_memory_stays_bounded(tmp_path, monkeypatch):
     """40 MB of features, read at random under a limit of 8 MB."""

@@ -49,12 +49,14 @@ def check_conv(inputs):
     return out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", STATE_CASES, ids=name)
 @interpreted
 def test_state_update(case):
     check_state(*state_cases.make_step(case, dim=21, states=11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states", [1, 8, 24, 33, 130])
 @pytest.mark.parametrize("dim", [0, 1, 4, 35])
 @interpreted
