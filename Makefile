@@ -1,5 +1,5 @@
 # make demo   trains PARROT and its baselines on a spoken demo corpus and reports
-# make test   runs the test suite; make test-all also what takes minutes (every CUDA source for every architecture)
+# make test   runs the quick tests; make test-all also the slow ones (crossed options, installs, every CUDA source)
 # make mutants plants faults into the kernels and sees whether the tests notice (an hour or more)
 # make bench  measures the kernels beside their peers, in minutes, into runs/bench
 # make docs   builds the documentation site into site/, strictly

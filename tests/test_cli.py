@@ -211,7 +211,7 @@ def test_info_and_module_entry():
     assert "What serves each op" in done.stdout
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("system", "title", "alone"),
     [

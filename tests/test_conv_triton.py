@@ -66,7 +66,7 @@ def test_options(case):
     check(*make(case, batch=2, dim=10, dtype=case["dtype"]))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("layout", ["channels_last", "sliced"])
 @interpreted
@@ -106,7 +106,7 @@ def test_nothing_at_all():
         assert torch.all(got["dbias"] == 0)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("reverse", [False, True])
 @interpreted
 def test_results_do_not_depend_on_batch_or_padding(reverse):

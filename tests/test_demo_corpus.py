@@ -134,7 +134,7 @@ def test_bad_arguments(tmp_path, arguments, message):
         demo.synthesise(tmp_path, **arguments)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(8)
 def test_recordings_are_well_formed(corpus):
     for utterance in corpus.utterances:
         samples, rate = soundfile.read(utterance.path)

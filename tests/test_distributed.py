@@ -101,6 +101,7 @@ def test_training_by_two_processes_is_that_of_one(tmp_path):
             torch.testing.assert_close(first[f"history.{name}"], torch.tensor(values), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_whole_batch_agree_to_the_last_digits(tmp_path):
     run("double", tmp_path)
     for system in ("parrot", "parrot-unrolled", "cnn-0"):

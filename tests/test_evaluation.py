@@ -165,6 +165,7 @@ def test_finished_runs_survive_a_failure(data, tmp_path, monkeypatch):
     assert same(resumed, validate(data))
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_reaches_the_caller(data):
     features, labels, folds = data
     task = evaluation.Task(tuple(features), labels, 3, tuple(folds), QUICK, 0, broken_build)

@@ -42,7 +42,7 @@ def check(inputs, options, scale=1.0, **how) -> dict[str, Tensor]:
     return got
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @interpreted
 def test_options(shape):
@@ -87,7 +87,7 @@ def test_states_are_split_without_waste():
     assert all(lanes <= 32 and min(first, rest or first) >= 4 for first, rest, lanes in map(split, range(1, 300)))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("length", [0, 129])
 @pytest.mark.parametrize("reverse", [False, True])
 @interpreted
@@ -119,7 +119,7 @@ def test_nothing_at_all():
         assert all(torch.all(gradient == 0) for name, gradient in got.items() if name.startswith("d"))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "states_last"])
 @interpreted
 def test_layouts(layout):
@@ -130,7 +130,7 @@ def test_layouts(layout):
     check(inputs, options)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 @interpreted
 def test_extreme_steps(scale):
@@ -160,6 +160,7 @@ def test_softplus_keeps_small_steps():
     assert torch.allclose(got["final_state"][:, ::2].double(), exact["final_state"][:, ::2], rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.slow
 @interpreted
 def test_backward_without_checkpoints():
     check(*make(EVERYTHING, batch=1, length=40, dtype=torch.float32), checkpoints=False)

@@ -34,7 +34,7 @@ def test_sizes(states, length, dtype, backend, device):
     assert_all_close(run(inputs, options, backend), expected(inputs, options), "scan")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @PLACES
 @pytest.mark.parametrize("length", [1134, 4096])
 def test_long(length, backend, device):

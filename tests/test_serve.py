@@ -162,6 +162,7 @@ def test_a_port_that_is_taken(folder, capsys):
     assert "Page" not in out
 
 
+@pytest.mark.slow
 def test_without_gradio_the_message_says_what_to_install(folder):
     program = (
         "import sys; sys.modules['gradio'] = None\n"

@@ -265,6 +265,7 @@ def test_descending_it_reaches_the_target_weights():
 LOOSE = {"blur": 0.3, "n_iters": 30, "tol": 1e-3}
 
 
+@pytest.mark.sampled(2)
 @everywhere
 @pytest.mark.parametrize("reach", [None, 0.5])
 def test_every_backend(backend, device, reach):

@@ -24,7 +24,7 @@ def assert_finite(arguments: dict, backend: str, device: str) -> None:
             assert torch.isfinite(value).all(), f"{gradient}: {name}"
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @everywhere
 @pytest.mark.parametrize("eps", [1e-6, 1e-4, 1e2, 1e6])
 @pytest.mark.parametrize("case", ["weights", "unbalanced"])
@@ -32,7 +32,7 @@ def test_regularisation(backend, device, case, eps):
     assert_finite(problem(case, SIZES, FP32) | {"eps": eps}, backend, device)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @everywhere
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine"])
 @pytest.mark.parametrize("points", ["coincident", "equal", "zero", "outlier", "far"])

@@ -55,7 +55,7 @@ def assert_matches_oracle(arguments: dict, backend: str, device: str, gradient: 
 # Against the reference
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @everywhere
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("case", CASES)
@@ -201,6 +201,7 @@ def test_batch_mates_do_not_matter(backend, device, sizes):
             assert torch.equal(value[0], batch[name][p]), f"{name} of problem {p}"
 
 
+@pytest.mark.sampled(3)
 @everywhere
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_padding_does_not_matter_and_gets_no_gradient(backend, device, gradient):
@@ -248,6 +249,7 @@ def test_a_nan_stays_in_its_problem(backend, device):
     assert not got["converged"][2]
 
 
+@pytest.mark.sampled(3)
 @everywhere
 def test_threads_and_repetition_do_not_matter(backend, device):
     arguments = to(problem("everything", (3, 40, 50, 8), FP32), device)
@@ -266,7 +268,7 @@ def test_threads_and_repetition_do_not_matter(backend, device):
 # torch.library, torch.compile, vmap, autocast, autograd
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(12)
 @everywhere
 @pytest.mark.parametrize(("case", "gradient"), [("plain", "unrolled"), *(("everything", g) for g in GRADIENTS)])
 def test_opcheck(backend, device, case, gradient):
@@ -304,6 +306,7 @@ def test_compile(backend, device, gradient):
         assert torch.equal(value, want[name]), name
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     torch._dynamo.reset()
     arguments = problem("plain", SIZES, FP32)

@@ -72,12 +72,14 @@ def test_unbalanced(rho_x, rho_y):
     check(*points(1, 20, 18, 3), rho_x=rho_x, rho_y=rho_y, a=torch.rand(1, 20), n_iters=5)
 
 
+@pytest.mark.slow
 @streaming
 def test_small_and_large_eps():
     eps = torch.tensor([1e-3, 0.3, 10.0])
     check(*points(3, 17, 18, 3), eps=eps, scale=20.0, n_iters=5)  # eps magnifies the rounding of C by 1000
 
 
+@pytest.mark.slow
 @streaming
 def test_problems_stop_by_themselves():
     got = check(*points(3, 17, 18, 3), eps=torch.tensor([0.1, 0.5, 5.0]), tol=1e-3, n_iters=20)

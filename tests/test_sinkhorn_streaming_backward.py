@@ -54,7 +54,7 @@ def compare(arguments: dict[str, Any], gradient: str = "unrolled", scale: float 
     return got
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("gradient", ["unrolled", "detached"])
 @pytest.mark.parametrize("case", CASES)
 @streaming
@@ -63,7 +63,7 @@ def test_every_option(case, gradient):
     compare(problem(options, (3 if "lengths" in options else 1, 19, 35, 5), torch.float32), gradient)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine"])
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 1, 18, 3), (1, 17, 1, 20), (1, 16, 33, 1)], ids=str)
 @streaming
@@ -98,6 +98,7 @@ def test_small_eps(cost):
         assert errors[0] <= allowed, f"{name}: {errors[0]:.2e}, the reference {errors[1]:.2e}"
 
 
+@pytest.mark.slow
 @streaming
 def test_coincident_and_near_points():
     """The gradient of a distance is 0 at distance 0; near points far from the rest must not cancel."""

@@ -215,6 +215,7 @@ def test_optional_outputs_change_nothing():
         assert torch.equal(full[name], short[name]), name
 
 
+@pytest.mark.slow
 @interpreted
 def test_batch_mates_and_padding_change_no_bit():
     x, y = points(3, 9, 6, 3)

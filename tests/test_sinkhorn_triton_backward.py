@@ -18,7 +18,7 @@ def points(batch: int, n: int, m: int, dim: int) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, n, dim), "y": torch.randn(batch, m, dim), "n_iters": 6}
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("gradient", ["unrolled", "detached"])
 @pytest.mark.parametrize("case", CASES)
 @interpreted
@@ -42,6 +42,7 @@ def test_half_precision(dtype):
 EPS = [(1e-4, None), (1e-3, 0.3), (1e-2, None), (1.0, 0.3), (10.0, None)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("eps", "reach"), EPS, ids=str)
 @interpreted
 def test_any_eps(eps, reach):

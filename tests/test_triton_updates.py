@@ -49,7 +49,7 @@ def check_conv(inputs):
     return out
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("case", STATE_CASES, ids=name)
 @interpreted
 def test_state_update(case):
