@@ -40,6 +40,9 @@ class Epsilon(nn.Module):
             return self.log.exp()
         return self.eps if self.current is None else self.current
 
+    def extra_repr(self) -> str:
+        return "" if self.start is None else f"{self.eps}, start={self.start}, epochs={self.epochs}"
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the schedule which epoch, from 1, begins.
 

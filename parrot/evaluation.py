@@ -23,6 +23,7 @@ from torch import nn
 
 from parrot.corpora.splits import Fold, assert_no_leakage_in
 from parrot.distributed import Group
+from parrot.encoders.base import Encoder
 from parrot.files import write_atomically
 from parrot.ragged import Ragged
 from parrot.sharing import Shareable
@@ -194,8 +195,11 @@ def digest(array: np.ndarray | StoredRows | Ragged) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Hash of a model's structure and weights."""
+    """Hash of a model's structure and weights, and of the settings of encoders in it, which neither shows."""
     state = hashlib.sha256(repr(model).encode())
+    for module in model.modules():
+        if isinstance(module, Encoder):
+            state.update(module.fingerprint.encode())
     for name, tensor in model.state_dict().items():
         state.update(name.encode() + digest(tensor.detach().cpu().numpy()).encode())
     return state.hexdigest()

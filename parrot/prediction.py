@@ -34,14 +34,17 @@ class Predictor:
     Attributes:
         model: the model, in evaluation mode.
         encoders: its encoders, in the order of its streams.
+        device: where the model computes: on the CPU, or beside the encoders if it takes waveforms.
         labels: the names of its classes.
         batch_size: clips that share one transport problem where predictions depend on the batch.
         batch_dependent: whether they do; where not, a clip's probabilities are the same bits beside any others.
     """
 
     def __init__(self, model: Any, encoders: Sequence[Encoder]) -> None:
-        self.model, self.encoders = model, list(encoders)
         self.inputs: str = getattr(model, "inputs", "embeddings")
+        # A model of waveforms holds encoders of its own; the others are small, and the same bits on any machine's CPU.
+        self.device = next(encoders[0].parameters()).device if self.inputs == "waveforms" else torch.device("cpu")
+        self.model, self.encoders = model.to(self.device), list(encoders)
         self.labels: list[str] = model.description["labels"]
         self.batch_size: int = model.description["batch_size"]
         self.batch_dependent: bool = model.batch_dependent
@@ -121,7 +124,7 @@ class Predictor:
     def probabilities(self, clips: Sequence[Clip]) -> np.ndarray:
         """(clips, classes) float64; in batches of ``batch_size`` where predictions depend on the batch, else alone."""
         size = self.batch_size if self.batch_dependent else 1
-        logits = training.predict(self.model, self.features(clips), size)
+        logits = training.predict(self.model, self.features(clips), size, self.device)
         return torch.from_numpy(logits).double().softmax(1).numpy()
 
     @torch.inference_mode()
@@ -134,10 +137,10 @@ class Predictor:
         if not hasattr(self.model, "plan"):
             return None
         rows = self.features(clips if self.batch_dependent else clips[:1])
-        plan = self.model.plan(*(training.batch_of(matrix, slice(None), "cpu") for matrix in rows))
+        plan = self.model.plan(*(training.batch_of(matrix, slice(None), self.device) for matrix in rows))
         if plan is None:
             return None
-        return (plan[0] if plan.dim() == 3 else plan).double().numpy()
+        return (plan[0] if plan.dim() == 3 else plan).double().cpu().numpy()
 
     def answer(self, probabilities: np.ndarray) -> Answer:
         """The label and the probabilities of one clip."""

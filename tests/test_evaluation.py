@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from parrot import evaluation
-from parrot.evaluation import cross_validate, final_fold, metrics, train_final
+from parrot import evaluation, model
+from parrot.evaluation import cross_validate, final_fold, metrics, model_digest, train_final
+from parrot.model import Parrot, ParrotConfig
 from parrot.sharing import CONFIG, Shareable
 from parrot.training import TrainingConfig
 from parrot.workers import run_all
@@ -279,3 +280,18 @@ def test_workers_end_with_a_killed_parent():
             return
         time.sleep(0.1)
     pytest.fail("the worker outlived its parent by 10 s")
+
+
+def test_what_neither_weights_nor_layers_show_is_in_the_key():
+    def annealed(epochs):
+        return build_seeded(Parrot, (8, 8), 3, ParrotConfig(eps_start=0.5, eps_epochs=epochs))
+
+    def tuned(spec):
+        return build_seeded(model.build, "parrot-finetuned", (), 3, ("ssam-demo", spec))
+
+    def build_seeded(make, *arguments):
+        torch.manual_seed(0)
+        return model_digest(make(*arguments))
+
+    assert annealed(5) == annealed(5) != annealed(20)
+    assert tuned("hubert-demo") == tuned("hubert-demo") != tuned("hubert-demo#0")

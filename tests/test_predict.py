@@ -208,3 +208,20 @@ def test_a_pipe_gets_its_answers_while_it_is_open(models):
         (last,) = map(json.loads, process.stdout.read().splitlines())
         assert last["end"] == pytest.approx(1.2)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("inputs", "wanted"), [("waveforms", "meta"), ("embeddings", "cpu")])
+def test_a_model_with_encoders_of_its_own_computes_where_they_do(inputs, wanted, monkeypatch):
+    model = torch.nn.Linear(3, 2)
+    model.inputs, model.batch_dependent, model.description = inputs, False, {"labels": ["a", "b"], "batch_size": 4}
+    predictor = Predictor(model, [torch.nn.Linear(3, 2, device="meta")])
+    assert model.weight.device.type == wanted
+    devices = []
+
+    def predict(model, features, size, device):
+        devices.append(device.type)
+        return np.zeros((1, 2), np.float32)
+
+    monkeypatch.setattr("parrot.training.predict", predict)
+    assert predictor.probabilities([[np.ones(3, np.float32)]]).tolist() == [[0.5, 0.5]]
+    assert devices == [wanted]
