@@ -233,3 +233,11 @@ class TestCommand:
         assert "looks like none of crema-d" in capsys.readouterr().err
         assert cli.main(["corpora", "check", str(tmp_path), "--name", "crema-d"]) == 2
         assert "found nothing" in capsys.readouterr().err
+
+
+def test_a_line_of_a_manifest_ends_where_json_says(tmp_path):
+    write_wav(tmp_path / "a.wav")
+    row = '{"path": "a.wav", "speaker": "anna", "label": "x", "sentence": "one\u2028two\x85three"}'
+    (tmp_path / "manifest.jsonl").write_text(f"{row}\r\n\n", encoding="utf-8")
+    (utterance,) = corpora.load("manifest", tmp_path).utterances
+    assert utterance.sentence == "one\u2028two\x85three"

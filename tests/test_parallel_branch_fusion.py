@@ -50,6 +50,14 @@ def test_row_and_gradients(backend, shape, dtype):
         assert_close(g, want, "sinkhorn_grad", name)
 
 
+def test_a_part_given_twice():
+    x, y = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 3, dtype=torch.float64)
+    parts = ("x", "y_to_x", "x", "y_to_x")
+    got, half = parallel_branch_fusion(x, y, parts=parts), parallel_branch_fusion(x, y, parts=parts[:2])
+    assert torch.equal(got, torch.cat([half, half], -1))
+    torch.testing.assert_close(*(torch.autograd.grad(row.sum() * by, x) for row, by in ((got, 1), (half, 2))))
+
+
 SOME = [parts for n in (1, 2, 3) for parts in itertools.permutations(PARTS, n)][::3]
 
 

@@ -113,7 +113,7 @@ def folds(
 
 def _read_jsonl(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         row = json.loads(line)
@@ -127,7 +127,7 @@ def _read_jsonl(path: Path) -> list[dict]:
 def _speakers(path: Path) -> dict[str, str]:
     """Speaker by key, from lines ``key channel speaker start end <...> emotion``."""
     speakers = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         fields = line.split()
         if len(fields) >= 3:
             gendered = re.fullmatch(r"(?:fe)?male_(\d+)", fields[2])

@@ -67,7 +67,7 @@ def _csv_rows(path: Path) -> list[tuple[int, dict]]:
 
 def _json_rows(path: Path) -> list[tuple[int, dict]]:
     rows = []
-    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not text.strip():
             continue
         try:
