@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from parrot.commands import bench, convert, corpora, demo, features, info, predict, reproduce, serve, train
 from parrot.workers import launched
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says of a disk or a quota
 SHARED = ("features", "train")  # what the processes of a launcher can do together
 COMMANDS = (demo, corpora, features, train, reproduce, predict, serve, convert, info, bench)
 
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error}. Install what the pipeline needs: pip install 'parrot-kernels[demo]'"
+    if isinstance(error, OSError) and error.errno in FULL and error.filename:
+        return f"{error}. What was finished is kept: make room, and run the command again."
     if isinstance(error, (ValueError, TypeError, RuntimeError, OSError, ImportError)) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error} (--debug shows where)"

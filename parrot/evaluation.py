@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from parrot.corpora.splits import Fold, assert_no_leakage_in
+from parrot.corpora.splits import Fold, assert_no_leakage_in, check_classes_in
 from parrot.distributed import Group
 from parrot.encoders.base import Encoder
 from parrot.files import write_atomically
@@ -244,8 +244,8 @@ def cross_validate(
             process alone reads and writes ``store``.
 
     Raises:
-        ValueError: if there is no system or fold, a class index has no name, the training data are bad, or a fold
-            leaks.
+        ValueError: if there is no system or fold, there is one class alone or one without a name, the training data
+            are bad, or a fold leaks.
     """
     if build is None:
         from parrot.model import build
@@ -260,6 +260,7 @@ def cross_validate(
         if len(values) != len(labels):
             raise ValueError(f"cross_validate: `groups[{what!r}]` must have {len(labels)} values; got {len(values)}.")
     assert_no_leakage_in(folds, groups or {})
+    check_classes_in(folds, labels, label_names)
     config, group = config or TrainingConfig(), group or Group()
     task = Task(_owned(features), labels, len(label_names), tuple(folds), config, seed, build)
     store = None if store is None else Path(store)

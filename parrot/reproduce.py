@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from parrot import published
-from parrot.corpora.splits import Fold, assert_no_leakage, speaker_folds, stratified_folds
+from parrot.corpora.splits import Fold, assert_no_leakage_in, check_classes_in, speaker_folds, stratified_folds
 from parrot.evaluation import Task, metrics, model_digest
 from parrot.files import write_atomically
 from parrot.model import build
@@ -83,6 +83,7 @@ class CorpusData:
         speakers: (n,) names.
         label_names: names of the classes.
         failures: (file name, reason) of utterances that could not be used.
+        recordings: (n,) names, equal for copies of one recording; without them embeddings tell copies.
     """
 
     name: str
@@ -91,6 +92,7 @@ class CorpusData:
     speakers: tuple[str, ...]
     label_names: tuple[str, ...]
     failures: tuple[tuple[str, str], ...] = ()
+    recordings: tuple[str, ...] | None = None
 
     @property
     def synthetic(self) -> bool:
@@ -239,14 +241,17 @@ def _folds(corpus: CorpusData, split: str, n_folds: int, seed: int) -> tuple[Fol
                 f"reproduce: {corpus.title} tells {n_speakers} speakers apart, too few for {n_folds} speaker-disjoint "
                 "folds. Ask for fewer folds, or for the split 'stratified', which has speakers on both sides."
             )
-        folds, groups = speaker_folds(corpus.speakers, n_folds, seed), corpus.speakers
-    else:  # copies of one recording have one embedding: they must not be parted
-        rows = next(iter(corpus.features.values()))
-        groups = [hashlib.sha256(row.tobytes()).hexdigest() for row in rows]
-        folds = stratified_folds(corpus.labels, n_folds, seed, together=groups)
-    for fold in folds:
-        assert_no_leakage(fold, groups, "speaker" if split == "speaker" else "embedding")
+        folds, groups = speaker_folds(corpus.speakers, n_folds, seed), {"speaker": corpus.speakers}
+    else:
+        folds, groups = stratified_folds(corpus.labels, n_folds, seed, together=_embeddings(corpus)), {}
+    assert_no_leakage_in(folds, {**groups, "recording": corpus.recordings or _embeddings(corpus)})
+    check_classes_in(folds, corpus.labels, corpus.label_names)
     return tuple(folds)
+
+
+def _embeddings(corpus: CorpusData) -> list[str]:
+    """Hashes of the first encoder's embeddings: copies of one recording have one."""
+    return [hashlib.sha256(row.tobytes()).hexdigest() for row in next(iter(corpus.features.values()))]
 
 
 def _system(row: Row) -> str:
@@ -281,7 +286,7 @@ def run(
         progress: show a progress bar.
 
     Raises:
-        ValueError: bad arguments, too few speakers, or bad training data.
+        ValueError: bad arguments, too few speakers or classes, a recording on two sides of a fold, or bad data.
         RuntimeError: another run uses ``store``, or a worker died.
     """
     if seeds < 1 or (jobs is not None and jobs < 1):

@@ -174,6 +174,7 @@ def without(weights: dict, *keys: str) -> dict:
         (lambda w: {**w, "blocks.3.norm.bias": w["encoder_norm.bias"]}, "missing blocks.2.norm.weight"),
         (lambda w: {**w, "cls_token": w["cls_token"][..., :8]}, r"cls_token of shape \(1, 1, 8\), wanted \(1, 1, 32\)"),
         (lambda w: {**w, "pos_embed": w["pos_embed"][:, :250]}, "249 patches and a cls token does not cover 80 mel"),
+        (lambda w: {**w, "cls_token": w["cls_token"].long()}, r"cls_token of torch\.int64, wanted real floating point"),
         (lambda w: {**w, "blocks.0.mixer.A_log": torch.ones(96)}, r"A_log of shape \(96,\), wanted 2 dimensions"),
         (lambda w: {**w, "blocks.1.mixer.A_log": torch.ones(96, 16)}, r"A_log of shape \(96, 16\), wanted \(96, 24\)"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import errno
 import json
 import os
 import signal
@@ -165,6 +167,52 @@ def test_a_damaged_result_is_made_again(finished, tmp_path):
     (tmp_path / "results" / f".{path.name}.99.tmp").write_text("half")
     assert small.run(tmp_path, seeds=1).reused == small.RUNS // 2 - 1
     assert contents(tmp_path) == before
+
+
+def test_a_full_disk_is_told_and_loses_nothing(finished, tmp_path, monkeypatch):
+    sync, written = os.fsync, []
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        if len(written) > 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"No space left on device: '.*json'") as caught:
+            small.run(tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert len([path for path in (tmp_path / "results").iterdir() if path.name != "lock"]) == 7
+    assert small.run(tmp_path).reused == 7
+    assert contents(tmp_path) == contents(finished[0])
+
+
+@pytest.mark.parametrize("recordings", [True, False])
+def test_copies_of_a_recording_on_both_sides_are_refused(recordings, tmp_path):
+    """One recording under two names and speakers: said by its names, or, without any, found by its embedding."""
+    data, names = small.corpus(), [f"{k}.wav" for k in range(144)]
+    for matrix in data.features.values():
+        matrix[40] = matrix[3]
+    if recordings:
+        names[3] = names[40] = "3.wav = 40.wav"
+        data = dataclasses.replace(data, recordings=tuple(names))
+    with pytest.raises(
+        ValueError, match=r"share 1 recording\(s\): " + (r"3.wav = 40.wav\." if recordings else "[0-9a-f]{64}")
+    ):
+        small.run(tmp_path, corpora=[data])
+    assert not (tmp_path / "results").exists()
+
+
+def test_one_class_is_refused_and_an_untrained_one_told(tmp_path):
+    data = small.corpus()
+    one = dataclasses.replace(data, labels=np.zeros_like(data.labels))
+    with pytest.raises(ValueError, match="two classes or more; got anger"):
+        small.run(tmp_path, corpora=[one])
+    rare = data.labels % 2
+    rare[:16] = 2  # of the first speaker alone
+    with pytest.warns(UserWarning, match="no training utterance is of sad, which is tested"):
+        small.run(tmp_path, corpora=[dataclasses.replace(data, labels=rare)], table="table1", seeds=1)
 
 
 def test_what_determines_a_result_is_in_its_key():

@@ -12,8 +12,10 @@ from parrot.corpora.splits import (
     Fold,
     assert_no_leakage,
     assert_no_leakage_in,
+    check_classes_in,
     grouped_folds,
     leave_one_out_folds,
+    name_copies,
     speaker_folds,
     stratified_folds,
 )
@@ -138,6 +140,20 @@ def test_leakage_is_found(parts, names):
     parts = [np.array(part) for part in parts]
     with pytest.raises(ValueError, match=names):
         assert_no_leakage(Fold(0, *parts), speakers)
+
+
+def test_classes_that_folds_lack():
+    folds = [Fold(0, np.array([0, 1]), np.array([2]), np.array([3, 4]))]
+    check_classes_in(folds, np.array([0, 1, 0, 1, 0]), ("a", "b"))
+    with pytest.warns(UserWarning, match=r"fold 0: no training utterance is of c, which is tested.*Drop the class"):
+        check_classes_in(folds, np.array([0, 1, 2, 2, 0]), ("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"two classes or more; got b\. Check the labels"):
+        check_classes_in(folds, np.ones(5, dtype=int), ("a", "b"))
+
+
+def test_copies_are_told_by_their_names():
+    names = name_copies("xyxz", ["1.wav", "2.wav", "3.wav", "4.wav"])
+    assert names == ["1.wav = 3.wav", "2.wav", "1.wav = 3.wav", "4.wav"]
 
 
 def every_row_tested_once(folds: list[Fold], n: int) -> None:

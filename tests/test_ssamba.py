@@ -217,6 +217,10 @@ def test_published_sizes(width, total):
     [
         (lambda w: {}, "missing v.pos_embed"),
         (lambda w: {**w, "module.v.norm_f.bias": torch.zeros(3)}, r"norm_f\.bias of shape \(3,\), wanted \(16,\)"),
+        (
+            lambda w: {**w, "module.v.norm_f.bias": torch.zeros(16, dtype=torch.int8)},
+            r"bias of torch\.int8, wanted real",
+        ),
         (lambda w: {**w, "module.extra": torch.zeros(3)}, r"width 16, depth 4.*unexpected extra"),
         (lambda w: {k: v for k, v in w.items() if "layers.3" not in k}, "`depth` must be even"),
         (lambda w: {k: v for k, v in w.items() if k != "module.v.layers.2.norm.bias"}, r"missing v\.layers\.2\.norm"),

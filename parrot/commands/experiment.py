@@ -33,7 +33,7 @@ def run_experiment(
     """Features, folds, training, report, model: what demo and train share."""
     from parrot import distributed, evaluation, model, report, sharing
     from parrot.card import run_card
-    from parrot.corpora.splits import assert_no_leakage_in, speaker_folds
+    from parrot.corpora.splits import assert_no_leakage_in, name_copies, speaker_folds
     from parrot.files import write_atomically
 
     group = distributed.join(args.device)
@@ -51,7 +51,8 @@ def run_experiment(
     labels = corpus.targets[rows]
     folds = speaker_folds(speakers, args.folds, args.seed)
     final_fold = evaluation.final_fold(speakers, args.folds, args.seed)
-    groups = {"speaker": speakers, "recording": hashes}
+    files = [corpus.utterances[row].path.name for row in rows]
+    groups = {"speaker": speakers, "recording": name_copies(hashes, files)}
     assert_no_leakage_in([final_fold], groups)
     results = evaluation.cross_validate(
         systems, features, labels, folds, corpus.labels, config=config, seed=args.seed, workers=args.workers,

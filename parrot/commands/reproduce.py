@@ -114,11 +114,12 @@ def _corpus(argument: str):
 
 
 def _data(corpus, streams: Sequence[Stream], encoders: Sequence, cache: Path, how: Extraction) -> CorpusData:
+    from parrot.corpora.splits import name_copies
     from parrot.reproduce import CorpusData
 
     from .experiment import embed_corpus
 
-    rows, _, features, failures = embed_corpus(corpus, encoders, cache, how)
+    rows, hashes, features, failures = embed_corpus(corpus, encoders, cache, how)
     return CorpusData(
         corpus.name,
         {stream.name: matrix for stream, matrix in zip(streams, features["embeddings"], strict=True)},
@@ -126,6 +127,7 @@ def _data(corpus, streams: Sequence[Stream], encoders: Sequence, cache: Path, ho
         tuple(corpus.speakers[row] for row in rows),
         corpus.labels,
         failures,
+        tuple(name_copies(hashes, [corpus.utterances[row].path.name for row in rows])),
     )
 
 

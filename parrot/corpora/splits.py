@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -221,6 +222,39 @@ def assert_no_leakage_in(folds: Sequence[Fold], groups: Mapping[str, Sequence[st
     for fold in folds:
         for what, values in groups.items():
             assert_no_leakage(fold, values, what)
+
+
+def check_classes_in(folds: Sequence[Fold], labels: np.ndarray, names: Sequence[str]) -> None:
+    """Make sure that there are classes to tell apart; warn of those that a fold tests and does not train.
+
+    Args:
+        folds: the folds to check.
+        labels: (n,) class of each utterance, an index into ``names``.
+        names: of the classes.
+
+    Raises:
+        ValueError: all utterances are of one class.
+    """
+    labels = np.asarray(labels)
+    if len(np.unique(labels)) < 2:
+        found = ", ".join(str(names[label]) for label in np.unique(labels)) or "none"
+        raise ValueError(f"classification needs utterances of two classes or more; got {found}. Check the labels.")
+    for fold in folds:
+        untrained = np.setdiff1d(labels[fold.test], labels[fold.train])
+        if len(untrained):
+            warnings.warn(
+                f"fold {fold.index}: no training utterance is of {', '.join(str(names[k]) for k in untrained)}, which "
+                "is tested: it can't be recognised. Drop the class, or add speakers of it.",
+                stacklevel=3,
+            )
+
+
+def name_copies(hashes: Sequence[str], files: Sequence[str]) -> list[str]:
+    """What tells recordings apart, readably: the file's name, or those of all files of the same hash, "a = b"."""
+    copies: dict[str, list[str]] = {}
+    for key, file in zip(hashes, files, strict=True):
+        copies.setdefault(key, []).append(file)
+    return [" = ".join(copies[key]) for key in hashes]
 
 
 def save(

@@ -107,6 +107,11 @@ def mismatches(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
+    problems += [  # copying them would round, silently
+        f"{key} of {weights[key].dtype}, wanted real floating point"
+        for key, value in expected.items()
+        if key in weights and value.is_floating_point() and not weights[key].is_floating_point()
+    ]
     return problems
 
 
