@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error}. Install what the pipeline needs: pip install 'parrot-kernels[demo]'"
-    if isinstance(error, OSError) and error.errno in FULL and error.filename:
+    if isinstance(error, OSError) and error.errno in FULL and "make room" not in str(error):
         return f"{error}. What was finished is kept: make room, and run the command again."
     if isinstance(error, (ValueError, TypeError, RuntimeError, OSError, ImportError)) and str(error):
         return str(error)
