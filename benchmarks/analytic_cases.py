@@ -25,7 +25,7 @@ class Case:
     multiply_adds: float  # what the formulas need, as the following two
     exponentials: float
     bytes: float
-    trips: Mapping[str, float]
+    trips: Mapping[str, float | tuple[float, int]]
     share: Mapping[str, float] = field(default_factory=dict)
     symbol: str = "."  # regular expression on the kernel's name
     shared: int = 0  # bytes of shared memory that the launch asks for
@@ -77,7 +77,7 @@ def _sinkhorn(B: int = 1024, D: int = 120, K: int = 50) -> list[Case]:
         r"^for \(int item": 4,
         r"^for \(int i = warp; .*find_costs": 8, r"^for \(int j = lane; .*find_costs": 4,
         r"^for \(int k = 1;;.*run_scaling": K + 1, r"^for \(int j = thread; .*for \(int k = 1;;": 128 / threads,
-        r"^for \(int k = 0; k < count": 128,
+        r"^for \(int k = 0; k < count": (128, 32),
     }  # fmt: skip
     found.append(
         case("sinkhorn_hadamard_forward", "cuda", "sinkhorn_hadamard_forward_f32.cu", 128, 128, 16, trips, unused,
@@ -94,10 +94,9 @@ def _sinkhorn(B: int = 1024, D: int = 120, K: int = 50) -> list[Case]:
         tiles + r"through_(projections|distances)<true>": 2, tiles + r"through_(projections|distances)<false>": 4,
         r"^for \(int term": 2,
         r"^for \(int start = 0.*<true>": 4, r"^for \(int start = 0.*<false>": 2,
-        r"^for \(int item = lane": 2, r"^for \(int k = 0; k < end.*through_projections": 32,
-        r"^for \(int k = 0; k < end.*through_distances": 16,
+        r"^for \(int item = lane": 2, r"^for \(int k = 0; k < end": (32, 16),
         r"^for \(int part = 0; part < 3": 2, r"^for \(int d0 = 0.*through_kernel": depth,
-        r"^for \(int d = 0; d < kFeatures.*through_kernel": 4,
+        r"^for \(int d = 0; d < kFeatures.*through_kernel": (16, 16),
         r"^for \(; k >= 0.*unroll\(": K,
     }  # fmt: skip
     found.append(

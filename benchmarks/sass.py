@@ -222,13 +222,16 @@ def source(function: Function, loop: Loop) -> list[str]:
     return texts[next((i for i, text in enumerate(texts) if re.match(r"(for|while)\b", text)), 0) :]
 
 
-def passes(function: Function, trips: Mapping[str, float], share: Mapping[str, float] | None = None) -> list[float]:
+def passes(
+    function: Function, trips: Mapping[str, float | tuple[float, int]], share: Mapping[str, float] | None = None
+) -> list[float]:
     """How often a warp runs through each instruction.
 
     Args:
         trips: regular expression on a loop's statement and the heads around it (`source`) -> turns of the loop as
-            compiled, so fewer where it was unrolled; the first that matches counts, and a loop that none matches
-            turns once. Of loops from one line side by side the largest turns, the others are the rest of its unrolling.
+            compiled; or turns as written and how many FFMA one takes, from which it follows how far it was unrolled.
+            The first that matches counts, and a loop that none matches turns once. Of loops from one line side by side
+            the largest turns, the others are the rest of its unrolling.
         share: regular expression on a line or a head around it -> in what part of those turns it is reached; the
             smallest that matches counts.
     """
@@ -238,6 +241,8 @@ def passes(function: Function, trips: Mapping[str, float], share: Mapping[str, f
     for loop in found:
         around = " < ".join(source(function, loop))
         turns = next((count for pattern, count in trips.items() if re.search(pattern, around)), 1.0)
+        if isinstance(turns, tuple):
+            turns = turns[0] / max(1, sum(code[i].name == "FFMA" for i in loop.body) // turns[1])
         larger = any(
             code[other.branch].places == code[loop.branch].places and len(other.body) > len(loop.body)
             for other in found

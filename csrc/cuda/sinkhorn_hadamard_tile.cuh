@@ -333,6 +333,21 @@ __device__ __forceinline__ Real given_costs(const Array<const Real>& matrix, int
     return largest;
 }
 
+// This lane's features of the points from `i` on, one point after the other: pointers that move, as addresses made anew
+// for each would take more instructions than the products.
+template <typename T>
+struct Walk {
+    const T* now = nullptr;
+    int64_t by_point = 0, by_lanes = 0;
+
+    __device__ __forceinline__ Walk(const Array<const T>& points, int64_t b, int i, int d) {
+        if (points) now = &points(b, i, d), by_point = points.stride[1], by_lanes = 32 * points.stride[2];
+    }
+    __device__ __forceinline__ explicit operator bool() const { return now != nullptr; }
+    __device__ __forceinline__ Compute<T> operator[](int q) const { return to_compute(now[q * by_lanes]); }
+    __device__ __forceinline__ void next() { now += by_point; }
+};
+
 // A block of a product with a matrix in shared memory: sums[r][q] = sum_k left_rk points_k,d, d = first + lane + 32 q.
 // BY_ROWS: left_rk = kernel[r][k] w_k, else kernel[k][r] w_k; `kernel` points to the first row (column) of a group.
 template <bool BY_ROWS, typename T, int WIDTH>
@@ -340,7 +355,8 @@ __device__ __forceinline__ void multiply(const Compute<T>* kernel, int pitch, in
                                          const Array<const T>& points, int64_t b, int first, int features,
                                          Compute<T> (&sums)[kRows][WIDTH]) {
     using Real = Compute<T>;
-    for (int k = 0; k < count; ++k) {
+    Walk<T> point(points, b, 0, first + lane_index());
+    for (int k = 0; k < count; ++k, point.next()) {
         Real left[kRows];
         if constexpr (BY_ROWS) {
 #pragma unroll
@@ -352,7 +368,7 @@ __device__ __forceinline__ void multiply(const Compute<T>* kernel, int pitch, in
 #pragma unroll
         for (int q = 0; q < WIDTH; ++q) {
             const int d = first + lane_index() + 32 * q;
-            const Real right = d < features ? to_compute(points(b, k, d)) * factor : Real(0);
+            const Real right = d < features ? point[q] * factor : Real(0);
 #pragma unroll
             for (int r = 0; r < kRows; ++r) sums[r][q] = fma(left[r], right, sums[r][q]);
         }
