@@ -2,6 +2,7 @@
 # make test   runs the quick tests; make test-all also the slow ones (crossed options, installs, every CUDA source)
 # make mutants plants faults into the kernels and sees whether the tests notice (an hour or more)
 # make bench  measures the kernels beside their peers, in minutes, into runs/bench
+# make gpu    on a machine with an NVIDIA GPU: build, tests, sanitizers, timings, profiles, into runs/gpu
 # make docs   builds the documentation site into site/, strictly
 # make install-matrix, wheels, typecheck, coverage: what a release is checked with, see docs/release.md
 # All make .venv first, from nothing. Another torch: make demo TORCH="torch --index-url URL"
@@ -17,7 +18,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all mutants bench lint format typecheck coverage docs install-matrix wheels doctor clean
+.PHONY: demo test test-all mutants bench gpu lint format typecheck coverage docs install-matrix wheels doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
@@ -33,6 +34,9 @@ mutants: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/parrot bench --suite quick
+
+gpu: $(VENV)/.test $(VENV)/.bench
+	$(BIN)/python -m benchmarks.campaign
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run --Werror $(CPP)

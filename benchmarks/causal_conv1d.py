@@ -59,6 +59,12 @@ def shifted_sum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(sum(taps) + bias[:, None])
 
 
+def causal_conv1d_package() -> Convolution:
+    from causal_conv1d import causal_conv1d_fn
+
+    return lambda x, weight, bias: causal_conv1d_fn(x, weight, bias, activation="silu")
+
+
 def convolutions(device: str, peers: bool) -> dict[str, Callable[[], Convolution]]:
     found: dict[str, Callable[[], Convolution]] = {}
     for backend in machine.our_backends("causal_conv1d", device):
@@ -67,6 +73,8 @@ def convolutions(device: str, peers: bool) -> dict[str, Callable[[], Convolution
         found["torch conv1d + silu"] = lambda: torch_conv1d
         found["sum of shifts"] = lambda: shifted_sum
         found["sum of shifts, compiled"] = lambda: torch.compile(shifted_sum, dynamic=False)
+    if peers and device == "cuda":
+        found["causal-conv1d"] = causal_conv1d_package
     return found
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import functools
 import importlib.metadata
+import json
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -104,10 +107,28 @@ def exponentials_per_second() -> float:
         return function() * torch.get_num_threads()
 
 
-def ceilings() -> dict[str, float]:
-    """What the CPU can do, for the rows."""
+@functools.lru_cache(maxsize=2)
+def ceilings(device: str = "cpu") -> dict[str, float]:
+    """What the device can do, for the rows."""
+    if device == "cuda":
+        from . import device_rates
+
+        return device_rates.ceilings()
     return {
         "exponentials_per_s": exponentials_per_second(),
         "multiply_adds_per_s": multiply_adds_per_second(),
         "bytes_per_s": bytes_per_second(),
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the name and the ceilings of a device."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=main.__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args(argv)
+    print(json.dumps({"device": device_name(arguments.device)} | ceilings(arguments.device), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

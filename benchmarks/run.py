@@ -27,6 +27,9 @@ import torch
 from . import machine, plot, rows, startup, sweeps, timing
 
 OPS = ("sinkhorn_hadamard", "selective_scan", "causal_conv1d")
+PACKAGES = (
+    "triton", "POT", "geomloss", "ott-jax", "jax", "transformers", "mambapy", "mamba-ssm", "causal-conv1d"
+)  # fmt: skip
 QUICK_OUTPUT = machine.ROOT / "runs" / "bench"
 # Keeps glibc from giving large blocks back to the kernel after every step: half the time of large cases in torch.
 TUNED_ALLOCATOR = {
@@ -182,12 +185,17 @@ def show(measured: list[dict]) -> None:
 
 
 def with_floor(op, case, mode: str, device: str, measured: list[dict]) -> list[dict]:
-    """Rows of the CPU with the time that the machine needs at least, and what the case does in it."""
-    if device != "cpu":
-        return measured
+    """Rows with the time that the device needs at least, and what the case does in it."""
     both = mode == "both"
     work = case.floor(both) if op.__name__.endswith("sinkhorn_hadamard") else case.floor()
-    return [{**row, "floor_ms": op.floor_seconds(case, both) * 1e3, "work": work} for row in measured]
+    if device == "cpu":
+        seconds = op.floor_seconds(case, both)
+    elif both and "matrix_bytes" not in work:
+        return measured  # what a backward does at least is told for Sinkhorn alone
+    else:  # the units of a GPU work side by side
+        rates = machine.ceilings(device)
+        seconds = max(work[name] / rates[f"{name}_per_s"] for name in ("exponentials", "multiply_adds", "bytes"))
+    return [{**row, "floor_ms": seconds * 1e3, "work": work} for row in measured]
 
 
 def measurements(op, arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
@@ -218,8 +226,8 @@ def run_op(name: str, arguments: argparse.Namespace) -> list[dict]:
     context = {
         "device": device, "threads": torch.get_num_threads(), "commit": machine.commit(),
         "date": time.strftime("%Y-%m-%d"), "allocator": "tuned" if arguments.tuned_allocator else "default",
-        "versions": machine.versions("triton", "POT", "geomloss", "ott-jax", "jax", "transformers", "mambapy"),
-        "ceilings": machine.ceilings() if arguments.device == "cpu" else {},
+        "versions": machine.versions(*PACKAGES),
+        "ceilings": machine.ceilings(arguments.device),
     }  # fmt: skip
     print(f"{name} on {device}, torch {torch.__version__}", end=", ")
     print(f"commit {context['commit']}, allocator {context['allocator']}")

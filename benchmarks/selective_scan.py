@@ -125,6 +125,12 @@ def transformers_slow_path() -> Scan:
     return lambda u, delta, A, B, C, D, z, bias: mamba_selective_scan(u, delta, A, B, C, D, z, bias, True)
 
 
+def mamba_ssm() -> Scan:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return lambda u, delta, A, B, C, D, z, bias: selective_scan_fn(u, delta, A, B, C, D, z, bias, delta_softplus=True)
+
+
 def scans(device: str, peers: bool) -> dict[str, Callable[[], Scan]]:
     """Name -> a factory that raises ImportError where the peer is not installed."""
     found: dict[str, Callable[[], Scan]] = {}
@@ -136,6 +142,8 @@ def scans(device: str, peers: bool) -> dict[str, Callable[[], Scan]]:
         found["materialised loop, unbind"] = lambda: materialised_loop
         found["transformers' slow path"] = transformers_slow_path
         found["mambapy pscan"] = mambapy
+    if peers and device == "cuda":
+        found["mamba-ssm"] = mamba_ssm
     return found
 
 

@@ -118,10 +118,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rows.device_argument(parser)
+    if not any(argument.startswith("--rows") for argument in argv or sys.argv[1:]):
+        rows.device_argument(parser)
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="of a file instead of a known device")
     parser.add_argument("--update", type=Path, metavar="PAGE", help="write the tables into this page")
     arguments = parser.parse_args(argv)
-    measured = rows.load(rows.RESULTS / f"{arguments.device}.jsonl")
+    measured = rows.load(arguments.rows or rows.RESULTS / f"{arguments.device}.jsonl")
     if arguments.update:
         arguments.update.write_text(update(arguments.update.read_text(), measured))
     else:
