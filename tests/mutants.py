@@ -203,7 +203,7 @@ MUTANTS = [
         edge=("const Real value = from >= 0 ?", "const Real value = from > 0 ?"),
     ),
     *of(
-        "csrc/cuda/sinkhorn_hadamard_forward.cuh", "sinkhorn_cuda",
+        "csrc/cuda/sinkhorn_hadamard_iteration.cuh", "sinkhorn_cuda",
         sign=("s.v[j] = exp2(potential - offset);", "s.v[j] = exp2(offset - potential);"),
         edge=("if (j >= m || i0 + r >= n) continue;", "if (j >= m - 1 || i0 + r >= n) continue;"),
         mask=("(i < n && untrusted(sum))", "false"),
@@ -211,8 +211,11 @@ MUTANTS = [
     *of(
         "csrc/cuda/sinkhorn_hadamard_backward.cuh", "sinkhorn_cuda_backward",
         sign=("if (grad_plan) value += arguments.grad_plan", "if (grad_plan) value -= arguments.grad_plan"),
-        edge=("group + r < count && d < arguments.features)", "group + r < count && d < arguments.features - 1)"),
         mask=("staged[d * (width + 4) + i] = valid ?", "staged[d * (width + 4) + i] = true ?"),
+    ),
+    *of(
+        "csrc/cuda/sinkhorn_hadamard_projections.cuh", "sinkhorn_cuda_backward",
+        edge=("group + r < count && d < arguments.features)", "group + r < count && d < arguments.features - 1)"),
     ),
 ]  # fmt: skip
 

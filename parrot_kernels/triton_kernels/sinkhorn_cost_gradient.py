@@ -83,21 +83,17 @@ def cost_gradient_tile(
         other_log_weights += at
         own_weights += start
         other_weights += at
-        by_unit = 1.0 / unit
         own_stretch = 1.0 + epsilon * own_inverse_rho
         other_stretch = 1.0 + epsilon * other_inverse_rho
         for k in tl.range(0, tl.load(iterations + problem), num_stages=1):
-            own = stored_potential(own_history, problem, k - own_lag, n_iters, own_size, i, valid_i, by_unit, 0.0)
-            other = stored_potential(
-                other_history, problem, k - other_lag, n_iters, other_size, j, valid_j, by_unit, 0.0
-            )
+            own = stored_potential(own_history, problem, k - own_lag, n_iters, own_size, i, valid_i, 0.0)
+            other = stored_potential(other_history, problem, k - other_lag, n_iters, other_size, j, valid_j, 0.0)
             own_k = stored_shift(
-                own_history, own_log_weights, problem, k, n_iters, own_size, i, valid_i, by_unit, own_stretch, 0.0
+                own_history, own_log_weights, problem, k, n_iters, own_size, i, valid_i, own_stretch, 0.0
             )
             other_k = stored_shift(
-                other_history, other_log_weights, problem, k, n_iters, other_size, j, valid_j, by_unit,
-                other_stretch, 0.0,
-            )  # fmt: skip
+                other_history, other_log_weights, problem, k, n_iters, other_size, j, valid_j, other_stretch, 0.0
+            )
             own_weight = tl.load(own_weights + (problem * n_iters + k) * own_size + i, mask=valid_i, other=0.0)
             other_weight = tl.load(other_weights + (problem * n_iters + k) * other_size + j, mask=valid_j, other=0.0)
             through += tl.exp2((own[:, None] - c) + other_k[None, :]) * other_weight[None, :]

@@ -18,8 +18,9 @@ with the F of this iteration and the G of the one before. Three parts:
    tile for all iterations at once, by rows for dx and by columns for dy, and goes through the distance into them.
 
 As in the forward sides are `own` and `other`; a step of the rows is one of the columns with the sides swapped.
-Memory: p and q, and a few fp32 copies of the points. Time: 2 n_iters passes with two exponentials an entry each, and
-2 n_iters exponentials an entry in part 3, by rows and by columns, for each block of features.
+Memory: p and q, the potentials in other units, and a few fp32 copies of the points. Time: 2 n_iters passes with two
+exponentials an entry each, and 2 n_iters exponentials an entry in part 3, by rows and by columns, for each block of
+features.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Adjoint:
 
     side: Side
     lag: int  # in iterations, of the potentials in the exponents of an iteration's weights
-    history: Tensor | None  # (B, n_iters, size)
+    history: Tensor | None  # (B, n_iters, size), in units of eps ln 2
     gradient: Tensor | None  # (B, size, padded features), of what is transported to these points
     hadamard: Tensor | None  # (B, size, D), of its product with them
     of_potential: Tensor | None  # (B, size)
@@ -81,9 +82,9 @@ class Adjoint:
         vectors = w.eps.new_empty(3, *side.potential.shape)
         unrolled = history is not None
         weights = torch.empty_like(history) if unrolled else None
-        history, hadamard, of_potential = (
-            t if t is None else t.contiguous() for t in (history, hadamard, of_potential)
-        )
+        hadamard, of_potential = (t if t is None else t.contiguous() for t in (hadamard, of_potential))
+        # Divided here once and to the last bit: a division in the loops would take more time than the rest of them.
+        history = (history / (w.eps * math.log(2.0))[:, None, None]).contiguous() if unrolled else None
         gradient = padded(sum(terms[1:], terms[0])) if terms else None
         wide = padded(side.points.float()) if unrolled else None
         return cls(side, lag, history, gradient, hadamard, of_potential, wide, weights, *vectors)

@@ -10,17 +10,17 @@ from .sinkhorn_tiles import LN2, SIZES, add_chunks, cost_tile, locate
 
 
 @triton.jit
-def stored_potential(history, problem, step, n_iters, size, i, valid, by_unit, padding):
-    """The potential after iteration ``step``, 0 before the first, times ``by_unit``, 1 / (eps ln 2)."""
+def stored_potential(history, problem, step, n_iters, size, i, valid, padding):
+    """The potential after iteration ``step``, 0 before the first; like the history in units of eps ln 2."""
     at = history + (problem * n_iters + tl.maximum(step, 0)) * size + i
-    value = tl.load(at, mask=valid, other=0.0) * by_unit
+    value = tl.load(at, mask=valid, other=0.0)
     return tl.where(valid, tl.where(step < 0, 0.0, value), padding)
 
 
 @triton.jit
-def stored_shift(history, log_weights, problem, step, n_iters, size, i, valid, by_unit, stretch, padding):
+def stored_shift(history, log_weights, problem, step, n_iters, size, i, valid, stretch, padding):
     """Minus the log-sum-exp from which that potential came; ``stretch`` is 1 / damping."""
-    value = stored_potential(history, problem, step, n_iters, size, i, valid, by_unit, 0.0)
+    value = stored_potential(history, problem, step, n_iters, size, i, valid, 0.0)
     value = (value - tl.load(log_weights + problem * size + i, mask=valid, other=0.0)) * stretch
     return tl.where(valid, value, padding)
 
@@ -160,12 +160,11 @@ def _sinkhorn_sweep(
         own_history += start
         own_log_weights += start
         epsilon = tl.load(eps + problem)
-        by_unit = 1.0 / (epsilon * LN2)
         factor = tl.load(factors + problem)
         stretch = 1.0 + epsilon * own_inverse_rho
-        own = stored_potential(own_history, problem, own_step, n_iters, own_size, i, valid_i, by_unit, 0.0)
+        own = stored_potential(own_history, problem, own_step, n_iters, own_size, i, valid_i, 0.0)
         own_shift = stored_shift(
-            own_history, own_log_weights, problem, own_step, n_iters, own_size, i, valid_i, by_unit, stretch, 0.0
+            own_history, own_log_weights, problem, own_step, n_iters, own_size, i, valid_i, stretch, 0.0
         )
         stretch = 1.0 + epsilon * other_inverse_rho
         product = tl.zeros((OWN,), tl.float32)
@@ -179,13 +178,13 @@ def _sinkhorn_sweep(
             )  # fmt: skip
             valid_j = j < others - at
             other = stored_potential(
-                other_history + at, problem, step - 1, n_iters, other_size, j, valid_j, by_unit, float("-inf")
+                other_history + at, problem, step - 1, n_iters, other_size, j, valid_j, float("-inf")
             )
             total += tl.sum(tl.exp2((own_shift[:, None] - c) + other[None, :]), 1)
             if not LAST:
                 shift = stored_shift(
-                    other_history + at, other_log_weights + at, problem, step, n_iters, other_size, j, valid_j, by_unit,
-                    stretch, float("-inf"),
+                    other_history + at, other_log_weights + at, problem, step, n_iters, other_size, j, valid_j, stretch,
+                    float("-inf"),
                 )  # fmt: skip
                 weight = tl.load(weights + (problem * n_iters + step) * other_size + at + j, mask=valid_j, other=0.0)
                 product += tl.sum(tl.exp2((own[:, None] - c) + shift[None, :]) * weight[None, :], 1)
@@ -242,8 +241,6 @@ def _sinkhorn_sweep_update(
         at = problem * size + i
         tl.store(weights + (problem * n_iters + own_step) * size + i, gradient / (stretch * total), mask=valid)
         tl.store(log_gradient + at, tl.load(log_gradient + at, mask=valid, other=0.0) + gradient, mask=valid)
-        shift = stored_shift(
-            history, log_weights, problem, own_step, n_iters, size, i, valid, 1.0 / (epsilon * LN2), stretch, 0.0
-        )
+        shift = stored_shift(history, log_weights, problem, own_step, n_iters, size, i, valid, stretch, 0.0)
         lse = (tl.log2(total) - shift) * LN2
         tl.store(damping_gradient + at, tl.load(damping_gradient + at, mask=valid, other=0.0) - gradient * lse, valid)
