@@ -1,6 +1,7 @@
 # make demo   trains PARROT and its baselines on a spoken demo corpus and reports
 # make test   runs the quick tests; make test-all also the slow ones (crossed options, installs, every CUDA source)
 # make mutants plants faults into the kernels and sees whether the tests notice (an hour or more)
+# make fuzz   runs the ops on random options against the reference, and the readers on damaged files (half an hour)
 # make bench  measures the kernels beside their peers, in minutes, into runs/bench
 # make gpu    on a machine with an NVIDIA GPU: build, tests, sanitizers, timings, profiles, into runs/gpu
 # make docs   builds the documentation site into site/, strictly
@@ -18,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all mutants bench gpu lint format typecheck coverage docs install-matrix wheels doctor clean
+.PHONY: demo test test-all mutants fuzz bench gpu lint format typecheck coverage docs install-matrix wheels doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
@@ -31,6 +32,9 @@ test-all: $(VENV)/.test
 
 mutants: $(VENV)/.test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/mutants.py
+
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz_ops.py --cases 20000
 
 bench: $(VENV)/.bench
 	$(BIN)/parrot bench --suite quick

@@ -28,7 +28,8 @@ from torch import Tensor
 
 import parrot_kernels
 
-SLACK = 64  # times what rounding each input once does to the reference; a kernel rounds at every step
+# Times what rounding does to the reference: rounding each float64 input once, or computing in float32 throughout.
+SLACK = {torch.float64: 1000, torch.float32: 64}
 
 
 @dataclass
@@ -82,8 +83,8 @@ def check(op: str, seed: int) -> Outcome:
     wide = {name: t.double() for name, t in case.tensors.items()}
     want = run(case.oracle, case, wide)
     if "n_iters" in want and not torch.equal(got["n_iters"].long(), want["n_iters"].long()):
-        assert (got["n_iters"] - want["n_iters"]).abs().max() <= max(1, want["n_iters"].max() // 4), "n_iters"
-        assert case.dtype != torch.float64, "n_iters"
+        near = case.dtype != torch.float64 and (got["n_iters"] - want["n_iters"]).abs().max() <= 1
+        assert near or case.options["tol"] == 0, "n_iters"  # whether an error is exactly 0 is a matter of rounding
         outcome.undecided = True
         return outcome
     rounded: dict[str, Tensor] = {}
@@ -95,19 +96,26 @@ def check(op: str, seed: int) -> Outcome:
             if name != "converged":  # an error may lie at the threshold
                 assert torch.equal(value.long(), expected.long()), name
             continue
-        outcome.results += 1
-        if not value.numel():
+        if not value.numel() or (name[0] == "d" and not case.gradients_count):
             continue
+        outcome.results += 1
         assert torch.isfinite(expected).all(), f"{name}: the reference is not finite"
+        if expected.abs().max() > min(torch.finfo(value.dtype).max, 1e-6 * torch.finfo(case.compute).max):
+            continue  # it overflows, here or on the way
         if (padding := case.padding.get(name)) is not None:
             assert (value.masked_select(padding) == 0).all(), f"{name}: not 0 at padding"
         worst = (value.double() - expected).abs().max().item()
         kind = case.kind + ("_grad" if name[0] == "d" else "")
-        bound = max(tolerance(kind, value.dtype), tolerance(kind, case.dtype)) * max(1.0, expected.abs().max().item())
+        relative = max(tolerance(kind, value.dtype), tolerance(kind, case.dtype)) * case.terms
+        if name[0] == "d" and case.options.get("gradient") == "implicit":
+            relative *= 100  # the condition of the system it solves
+        if name == "deps":  # of terms that cancel and are 1 / eps times as large as those of other gradients
+            relative /= min(1.0, wide["eps"].min().item())
+        bound = relative * max(1.0, expected.abs().max().item())
         if not worst <= bound:
-            rounded = rounded or run(case.oracle, case, _perturbed(case, wide, seed))
+            rounded = rounded or run(case.oracle, case, _rounded(case, wide, seed))
             assert torch.isfinite(value).all(), f"{name}: not finite"
-            allowed = SLACK * (rounded[name] - expected).abs().max().item()
+            allowed = SLACK[case.compute] * (rounded[name] - expected).abs().max().item()
             assert worst <= allowed, f"{name}: worst error {worst:.3e}, bound {bound:.3e} (rounding: {allowed:.3e})"
             outcome.ill_conditioned.append(name)
     return outcome
@@ -119,10 +127,11 @@ def _bits(t: Tensor) -> Tensor:
     return t.contiguous().view(integers[t.element_size()]) if t.is_floating_point() else t
 
 
-def _perturbed(case: Case, wide: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    unit = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps
-    return {name: t * (1 + unit * torch.randn(t.shape, generator=generator, dtype=t.dtype)) for name, t in wide.items()}
+def _rounded(case: Case, wide: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    if case.compute == torch.float32:
+        return {name: t.float() for name, t in wide.items()}
+    generator, unit = torch.Generator().manual_seed(seed), torch.finfo(torch.float64).eps
+    return {n: t * (1 + unit * torch.randn(t.shape, generator=generator, dtype=t.dtype)) for n, t in wide.items()}
 
 
 def main() -> int:

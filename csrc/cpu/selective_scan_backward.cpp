@@ -102,6 +102,7 @@ template <typename F, bool B_constant, bool C_constant>
 void walk_all(Chunk<F> chunk, const F* state, Channels<F> keep, F* decays, F* states, Prefetch& prefetch) {
     constexpr int W = kLanes<F>;
     int64_t left = chunk.states;
+    if (left == 0) return;
     const int lines = prefetch.lines() / static_cast<int>((left + kStates - 1) / kStates) + 1;
     auto advance = [&](int count) {
         left -= count;
@@ -140,8 +141,8 @@ struct Partials {
 
     Partials(const ScanShape& s, bool B_constant, bool C_constant)
         : shape(s),
-          blocks_per_task((s.blocks_per_group + kTasksPerGroup - 1) / kTasksPerGroup),
-          tasks_per_group((s.blocks_per_group + blocks_per_task - 1) / blocks_per_task),
+          blocks_per_task(at_least_one((s.blocks_per_group + kTasksPerGroup - 1) / kTasksPerGroup)),
+          tasks_per_group(at_least_one((s.blocks_per_group + blocks_per_task - 1) / blocks_per_task)),
           tasks(s.groups * tasks_per_group),
           dA(matrices()),
           dB_constant(B_constant ? matrices() : 0),
@@ -151,6 +152,8 @@ struct Partials {
           dB(B_constant ? 0 : s.batch * tasks * s.length * s.state),
           dC(C_constant ? 0 : s.batch * tasks * s.length * s.state) {}
 
+    // Without channels a task remains, which writes the zeros that dB and dC are.
+    static int64_t at_least_one(int64_t count) { return count > 1 ? count : 1; }
     int64_t matrices() const { return shape.batch * shape.blocks * shape.state * kLanes<F>; }
     int64_t vector(int64_t b, int64_t block) const { return (b * shape.blocks + block) * kLanes<F>; }
     int64_t matrix(int64_t b, int64_t block) const { return vector(b, block) * shape.state; }

@@ -91,7 +91,7 @@ void scan_block(const SelectiveScanForward& p, const ScanShape& shape, const Row
     };
 
     const int64_t chunk = p.checkpoints ? p.chunk_size : shape.length + 1;
-    const int passes = kTile / kSegment * static_cast<int>((N + kStates - 1) / kStates);
+    const int passes = kTile / kSegment * static_cast<int>(N / kStates + 1);  // or one more; never 0
     for (int64_t step = 0; step < sequence.length; step += kTile) {
         const int64_t left = sequence.length - step;
         const int steps = static_cast<int>(left < kTile ? left : kTile);

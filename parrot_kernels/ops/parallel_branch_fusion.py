@@ -41,7 +41,7 @@ def parallel_branch_fusion(
 
     Args:
         x, y: (B, N, D), or (N, D) for one problem; fp32, fp64, fp16 or bf16, any strides.
-        parts: which parts, in this order, of "hadamard" (x * y), "x_to_y", "y", "y_to_x" and "x".
+        parts: which parts, each once and in this order, of "hadamard" (x * y), "x_to_y", "y", "y_to_x" and "x".
         cost, cost_scale, eps, n_iters, tol, reach, gradient, backend: as of `sinkhorn_hadamard`.
 
     Returns:
@@ -56,6 +56,8 @@ def parallel_branch_fusion(
     """
     for part in parts if parts else [None]:
         checks.choice(OP, "parts", part, PARTS)
+    if len(set(parts)) < len(parts):
+        raise checks.error(OP, "parts", "different from each other", list(parts))
     checks.choice(OP, "cost", cost, sinkhorn.COSTS)
     checks.choice(OP, "gradient", gradient, sinkhorn.GRADIENTS)
     checks.choice(OP, "backend", backend, (None, *backends.NAMES))

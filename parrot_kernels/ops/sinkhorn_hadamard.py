@@ -462,12 +462,13 @@ def _autograd(ctx: Any, *given: Any) -> tuple[Any, ...]:
     if not Numbers.unpack(numbers).keep:
         raise RuntimeError(f"{OP}: the op was called without keeping what its backward needs.")
     x, y, a, b, _, _, cost_matrix, eps, *_ = ctx.needs_input_grad
-    if gradient == "detached":
+    gradients = [None if t is None or t.numel() == 0 else t for t in given[: len(DIFFERENTIABLE)]]
+    if gradient == "detached":  # the cost counts in the transport cost only
         a = b = eps = False
+        cost_matrix = cost_matrix and gradients[DIFFERENTIABLE.index("transport_cost")] is not None
     needed = [x, y, a, b, cost_matrix, eps]
     tensors = ctx.saved_tensors  # once: checkpointing hands them out once
     inputs, saved = tensors[:8], tensors[8:]
-    gradients = [None if t is None or t.numel() == 0 else t for t in given[: len(DIFFERENTIABLE)]]
     results = _run_backward(gradients, *inputs, list(saved), *ctx.options, needed)
     x, y, a, b, cost_matrix, eps = (t if need else None for t, need in zip(results, needed, strict=True))
     return x, y, a, b, None, None, cost_matrix, eps, None, None, None, None
