@@ -228,7 +228,8 @@ class Sinkhorn(Case):
     def draw_weights(self, name: str, lengths: Tensor | None, *shape: int) -> None:
         weights = 0.1 + self.uniform(*shape)
         if self.maybe(0.3):
-            weights = weights.masked_fill(self.uniform(*shape) < 0.25, 0)
+            # Not all: a side without any mass has no plan.
+            weights = weights.masked_fill((self.uniform(*shape) < 0.25) & (torch.arange(shape[-1]) > 0), 0)
         if lengths is not None:
             weights = weights.masked_fill(torch.arange(shape[-1]) >= lengths[..., None], 0)
         if self.maybe(0.8):
