@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close
 
-from parrot_kernels.modules import Mamba, ParallelBranchFusion, SinkhornHadamard
+from parrot_kernels.modules import BiMamba, Mamba, ParallelBranchFusion, SinkhornHadamard
 from parrot_kernels.ops.sinkhorn_hadamard import sinkhorn_hadamard
 
 # --- Mamba
@@ -376,3 +376,17 @@ def test_fusion_says_what_is_wrong():
         ParallelBranchFusion(())
     with pytest.raises(ValueError, match=r"`y` must be of x's shape \(5, 2\); got \(4, 2\)"):
         ParallelBranchFusion()(torch.zeros(5, 2), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("block", [Mamba, BiMamba])
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        ([3, 2], TypeError, "`lengths` must be a torch.Tensor; got list"),
+        (torch.tensor([3.0, 2.0]), TypeError, "`lengths` must be of dtype int32, int64; got float32"),
+        (torch.tensor([[3], [2]]), ValueError, r"`lengths` must be of shape \(B\)"),
+    ],
+)
+def test_bad_lengths(block, lengths, error, message):
+    with pytest.raises(error, match=f"{block.__name__}: {message}"):
+        block(8)(torch.randn(2, 3, 8), lengths=lengths)

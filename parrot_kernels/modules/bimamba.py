@@ -50,7 +50,8 @@ class BiMamba(MambaBlock):
             (B, L, d_model).
 
         Raises:
-            ValueError: ``hidden`` is not (B, L, d_model).
+            TypeError: ``lengths`` is not a tensor of integers.
+            ValueError: ``hidden`` is not (B, L, d_model), ``lengths`` not (B,).
         """
         x, z = self._project_in("hidden", hidden, lengths)
         forward, _ = self._mix(x, z, "", lengths=lengths, seq_idx=seq_idx)

@@ -101,8 +101,12 @@ class MambaBlock(nn.Module):
 
     def _project_in(self, argument: str, hidden: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, L, d_model) to the input x and the gate z of every direction, each (B, d_inner, L)."""
-        checks.tensor(type(self).__name__, argument, hidden, shape=("B", "L", self.d_model))
+        sizes: dict[str, int] = {}
+        checks.tensor(type(self).__name__, argument, hidden, shape=("B", "L", self.d_model), sizes=sizes)
         if lengths is not None:
+            checks.tensor(
+                type(self).__name__, "lengths", lengths, shape=("B",), like=hidden, dtypes=checks.INTEGERS, sizes=sizes
+            )
             # The projections run over padding too: without this a NaN there would reach their weights' gradients.
             steps = torch.arange(hidden.shape[1], device=hidden.device)
             hidden = hidden.masked_fill((steps >= lengths[:, None])[..., None], 0)
@@ -199,8 +203,9 @@ class Mamba(MambaBlock):
             (B, L, d_model).
 
         Raises:
-            ValueError: ``hidden`` is not (B, L, d_model); ``inference_params`` with another option, without
-                ``layer_idx``, or with states of another batch size.
+            TypeError: ``lengths`` is not a tensor of integers.
+            ValueError: ``hidden`` is not (B, L, d_model), ``lengths`` not (B,); ``inference_params`` with another
+                option, without ``layer_idx``, or with states of another batch size.
         """
         if inference_params is not None:
             if lengths is not None or seq_idx is not None or reverse:
