@@ -9,6 +9,7 @@ from scan_cases import assert_all_close, leaves, outputs_and_gradients, pairwise
 from tolerances import assert_close, tolerance
 from torch import Tensor
 
+from parrot_kernels import native
 from parrot_kernels.ops import causal_conv1d as op
 from parrot_kernels.ops.causal_conv1d import causal_conv1d
 from parrot_kernels.reference import causal_conv1d as reference
@@ -407,3 +408,27 @@ def test_bad_input(name, monkeypatch):
     inputs, options = make(EVERYTHING, dtype=torch.float32)
     with pytest.raises(kind, match="causal_conv1d: .*" + message):
         causal_conv1d(**(inputs | options | {"backend": "torch"} | change))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.why_missing("cpu") is not None, reason=str(native.why_missing("cpu")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ten_thousand_repetitions_agree_bitwise(dtype):
+    """A race between threads would show in one of them; more channels than one thread takes at once."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 4096, 64)
+    inputs = {
+        "x": torch.randn(shape, generator=generator).to(dtype).requires_grad_(),
+        "weight": torch.randn(shape[1], 4, generator=generator).requires_grad_(),
+        "bias": torch.randn(shape[1], generator=generator).requires_grad_(),
+    }
+    given = torch.randn(shape, generator=generator).to(dtype)
+
+    def solve() -> list[Tensor]:
+        out = causal_conv1d(**inputs, activation="silu", backend="cpu")
+        return [out, *torch.autograd.grad(out, list(inputs.values()), given)]
+
+    first = solve()
+    for repetition in range(10_000):
+        for tensor, again in zip(first, solve(), strict=True):
+            assert torch.equal(tensor, again), f"repetition {repetition}"

@@ -131,6 +131,18 @@ def test_growing_states_overflow_to_infinity_and_not_to_garbage():
     assert not torch.isfinite(got["final_state"]).any() or got["final_state"].abs().max() > 1e30
 
 
+def test_sums_over_many_steps_keep_their_digits():
+    """Gradients that sum over 65,536 steps, in float32 as in float64: a running sum would be off by 1e-5."""
+    case = {**EVERYTHING, "B": "step", "C": "step", "reverse": False, "seq_idx": False, "lengths": False}
+    inputs, options = make(case, batch=1, dim=3, length=65536, states=8, dtype=torch.float32)
+    wide = {name: None if t is None else t.double() for name, t in inputs.items()}
+    got = run(KERNELS["cpu"], inputs, options)
+    want = run(KERNELS["cpu"], wide, options, dtype=torch.float32)
+    for name in ("dA", "dD", "ddelta_bias"):
+        error = (got[name] - want[name]).abs().max() / want[name].abs().max()
+        assert error < 2e-6, f"{name}: {error:.1e}"
+
+
 def test_results_do_not_depend_on_threads_batch_or_padding():
     inputs, options = make(
         {**EVERYTHING, "seq_idx": False}, batch=3, dim=300, length=100, states=16, dtype=torch.float32

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from sinkhorn_cases import cotangents, everywhere, op, problem, to, with_gradients
+from sinkhorn_cases import cotangents, everywhere, op, problem, takes, to, with_gradients
 from tolerances import assert_close
 
 from parrot_kernels import backends, sinkhorn_hadamard
@@ -121,3 +121,39 @@ def test_distances_are_finite_up_to_the_square_root_of_the_range_and_an_overflow
     assert not torch.isfinite(out["plan"][2]).all()
     for name, value in out.items():
         assert torch.equal(value[0], plain[name][0]), name
+
+
+@everywhere
+@pytest.mark.parametrize("cost_scale", ["max", 1.0])
+def test_a_large_finite_cost_forbids_a_pair(backend, device, cost_scale):
+    """The plan is exactly 0 there, and everything stays finite."""
+    arguments = problem("matrix", (2, 6, 6, 3), FP32)
+    forbidden = torch.eye(6, dtype=torch.bool).expand(2, -1, -1)
+    large = 1e4 if cost_scale == 1.0 else 3.0  # over the largest, eps is in units of the forbidding cost
+    eps = torch.full((2,), 0.1 if cost_scale == 1.0 else 0.003)
+    arguments |= {"cost": arguments["cost"].masked_fill(forbidden, large), "cost_scale": cost_scale, "eps": eps}
+    assert_finite(arguments, backend, device)
+    plan = op(**to(arguments, device), backend=backend)["plan"].cpu()
+    assert (plan[forbidden] == 0).all()
+    assert (plan.sum(1) > 0.1).all()
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("size", ["largest", "subnormal"])
+def test_the_ends_of_half_precision(backend, device, size, dtype):
+    """Features near the largest number of fp16, and below its smallest normal number, are transported exactly."""
+    if not takes(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
+    arguments = problem("weights", (2, 6, 6, 3), dtype)
+    factor = 3e4 if size == "largest" else 2e-5
+    for name in ("x", "y"):
+        arguments[name] = (factor * arguments[name].float()).to(dtype)
+    exact = op(**to(arguments, torch.float64), backend="torch")
+    got = op(**to(arguments, device), backend=backend)
+    for name in ("x_to_y", "y_to_x"):
+        rounding = torch.finfo(dtype).eps * exact[name].abs() + torch.finfo(dtype).smallest_normal * 2**-10
+        assert ((got[name].cpu().double() - exact[name]).abs() <= rounding + 1e-5 * factor).all(), name
+    assert_close(got["plan"].cpu(), exact["plan"], "sinkhorn", "plan")
+    held = exact["x_hadamard"].to(dtype)
+    assert torch.equal(got["x_hadamard"].cpu().isinf(), held.isinf()), "infinite where the product does not fit"

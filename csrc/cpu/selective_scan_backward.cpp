@@ -70,7 +70,7 @@ void walk(const Chunk<F>& chunk, const F* state, const Channels<F>& keep, F* dec
 
     Vec<F> adjoint[NB], dA[NB];
     PARROT_UNROLL
-    for (int n = 0; n < NB; ++n) adjoint[n] = load(keep.adjoint + n * W), dA[n] = load(keep.dA + n * W);
+    for (int n = 0; n < NB; ++n) adjoint[n] = load(keep.adjoint + n * W), dA[n] = Vec<F>{};
     for (int s = chunk.steps - 1; s >= 0; --s) {
         B -= chunk.B_by, C -= chunk.C_by;
         const Vec<F> dt = load(chunk.dt + s * W), input = load(chunk.input + s * W), dy = load(chunk.dy + s * W);
@@ -95,7 +95,10 @@ void walk(const Chunk<F>& chunk, const F* state, const Channels<F>& keep, F* dec
         store(chunk.ddt + s * W, ddt);
     }
     PARROT_UNROLL
-    for (int n = 0; n < NB; ++n) store(keep.adjoint + n * W, adjoint[n]), store(keep.dA + n * W, dA[n]);
+    for (int n = 0; n < NB; ++n) {
+        store(keep.adjoint + n * W, adjoint[n]);
+        store(keep.dA + n * W, load(keep.dA + n * W) + dA[n]);  // chunk by chunk: a running sum would lose digits
+    }
 }
 
 template <typename F, bool B_constant, bool C_constant>
@@ -362,7 +365,7 @@ class Backward {
 
         F* const dD = partials.dD.get() + partials.vector(b, block);
         F* const dbias = partials.dbias.get() + partials.vector(b, block);
-        Vec<F> dD_sum = load(dD), dbias_sum = load(dbias);
+        Vec<F> dD_sum{}, dbias_sum{};
         constexpr F ln2 = F(0.69314718055994530942);
         for (int s = 0; s < steps * W; s += W) {  // gradients take the place of what they are the gradients of
             const Vec<F> x = load(u + s), slope = load(dinput + s);
@@ -380,8 +383,8 @@ class Backward {
                 store(gate + s, load(dout + s) * load(y + s) * sigma * (F(1) + z * (F(1) - sigma)));
             }
         }
-        store(dD, dD_sum);
-        store(dbias, dbias_sum);
+        store(dD, load(dD) + dD_sum);
+        store(dbias, load(dbias) + dbias_sum);
         store_steps(p.ddelta, raw);
         store_steps(p.du, u);
         if (p.z) store_steps(p.dz, gate);
