@@ -14,6 +14,7 @@ FP64 = torch.float64
 Inputs = dict[str, Tensor]
 Solve = Callable[..., dict[str, Tensor]]  # inputs by name, backend -> outputs by name
 HALF = (torch.float16, torch.bfloat16)
+LONG = (torch.float32, torch.bfloat16)  # dtypes that run 65,536 steps one by one, which takes a minute each
 WIDE = {"a", "b", "cost", "eps", "A", "D", "delta_bias", "initial_state", "weight", "bias"}  # in the compute dtype
 
 
@@ -31,7 +32,7 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     yield from _divergence(small)
     yield from _scan(dtype, small)
     yield from _convolution(dtype, small)
-    if not small:
+    if not small and dtype in LONG:
         yield from _single_steps()
 
 
@@ -71,7 +72,7 @@ def _clouds(batch: int, n: int, m: int, dim: int) -> Inputs:
 
 
 def _transport(dtype: torch.dtype, small: bool) -> Iterator[Case]:
-    sizes, iterations = ((1, 7, 9, 5), 3) if small else ((2, 65, 129, 24), 50)
+    sizes, iterations = ((1, 7, 9, 5), 3) if small else ((2, 33, 65, 24), 50)
 
     def case(name: str, inputs: Inputs, n_iters: int = iterations, **options: Any) -> Case:
         def solve(backend: str, **given: Tensor) -> dict[str, Tensor]:
@@ -124,7 +125,7 @@ def _transport(dtype: torch.dtype, small: bool) -> Iterator[Case]:
         return
     yield case("500 iterations", changed(), n_iters=500)
     yield case("D = 3840", _clouds(2, 33, 17, 3840))
-    yield case("N = M = 1000", _clouds(1, 1000, 1000, 8), n_iters=20)
+    yield case("N = M = 1000", _clouds(1, 1000, 1000, 8), n_iters=5)
 
 
 def _divergence(small: bool) -> Iterator[Case]:
@@ -192,7 +193,8 @@ def _scan(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     for states in (8, 24, 64):
         yield case(f"N = {states}", changed((2, 24, 257, states)))
     yield case("sums beyond fp16, L = 4096", changed((1, 4, 4096, 16), **sums))
-    yield case("L = 65,536", changed((1, 2, 65536, 16)))
+    if dtype in LONG:
+        yield case("L = 65,536", changed((1, 2, 65536, 16)))
 
 
 def _convolution(dtype: torch.dtype, small: bool) -> Iterator[Case]:
