@@ -173,7 +173,8 @@ def by_case(measured: list[dict]) -> list[str]:
 def tables(measured: list[dict]) -> dict[str, list[str]]:
     newest = {(row["op"], row["dtype"], row["backend"], row["case"]): row for row in measured}
     kept = [row for key in sorted(newest, key=lambda key: key[:3]) for row in (newest[key],)]
-    return {"summary": summary(kept), "cases": by_case(kept)}
+    made = {"summary": summary(kept), "cases": by_case(kept)} if kept else {}
+    return {name: lines for name, lines in made.items() if lines}
 
 
 def write(measured: list[dict], path: Path) -> None:

@@ -58,22 +58,23 @@ def test_rows_replace_those_of_their_backend_and_dtype(tmp_path):
 
 def test_every_figure_comes_from_a_row():
     assert table.fill(PAGE, accuracy.tables(MEASURED)) == PAGE
-    assert {"summary", "cases"} == {match[2] for match in table.BLOCK.finditer(PAGE) if match[3].strip()}
+    written = {match[2] for match in table.BLOCK.finditer(PAGE) if match[3].startswith("\n###")}
+    assert written == accuracy.tables(MEASURED).keys()
 
 
-def test_the_rows_cover_every_op_and_dtype():
-    found = {(row["op"], row["dtype"], row["backend"]) for row in MEASURED}
-    for op in ("sinkhorn_hadamard", "sinkhorn_divergence", "selective_scan", "causal_conv1d"):
-        for dtype in ("float64", "float32", "float16", "bfloat16"):
-            assert {(op, dtype, "torch"), (op, dtype, "cpu")} <= found
-    assert all({"commit", "device", "versions"} <= row.keys() for row in MEASURED)
+def test_what_was_measured_was_measured_for_every_op():
+    found = {(row["dtype"], row["backend"]): set() for row in MEASURED}
+    for row in MEASURED:
+        found[row["dtype"], row["backend"]].add(row["op"])
+        assert {"commit", "device", "versions"} <= row.keys()
+    ops = {"sinkhorn_hadamard", "sinkhorn_divergence", "selective_scan", "causal_conv1d"}
+    assert all(ops <= measured for measured in found.values())
 
 
 def test_half_precision_is_as_exact_as_pytorch():
-    halves = [row for row in MEASURED if row["dtype"] in ("float16", "bfloat16") and row["backend"] == "cpu"]
-    assert halves
-    for row in halves:
-        assert accuracy.excess(row) <= 2, f"{row['op']}, {row['case']}, {row['dtype']}"
+    for row in MEASURED:
+        if row["dtype"] in ("float16", "bfloat16"):
+            assert accuracy.excess(row) <= 2, f"{row['op']}, {row['case']}, {row['dtype']}, {row['backend']}"
 
 
 def functions(path: str) -> set[str]:
