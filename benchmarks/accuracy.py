@@ -8,7 +8,7 @@ A row holds, by quantity (an output, or "d" and an input): ``errors``, those of 
 reference in the same dtypes; ``ulp``, how far the float64 result moves when every input changes by one unit in the
 last place of the compute dtype, up or down at random: what the problem itself does to rounding. Each is the largest
 absolute difference over the largest absolute value, this taken for at least the smallest normal number of the result's
-dtype; that of ``error``, a residual that vanishes at convergence, is absolute. A value that the dtype cannot hold must
+dtype, or absolute where all values are 0; that of ``error``, a residual that vanishes at convergence, is absolute. A value that the dtype cannot hold must
 come out as the infinity of its sign, and counts neither way.
 """
 
@@ -63,7 +63,8 @@ def error(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:
     held = want.to(dtype).isfinite()
     overflown = ~held & got.isinf() & (got.sign() == want.sign())
     difference = torch.where(overflown, 0.0, (got - want).abs())
-    scale = max(torch.where(held, want, 0.0).abs().max().item(), torch.finfo(dtype).tiny)
+    largest = torch.where(held, want, 0.0).abs().max().item()
+    scale = max(largest, torch.finfo(dtype).tiny) if largest else 1.0
     worst = math.inf if difference.isnan().any() else difference.max().item()
     return worst / scale
 
