@@ -58,9 +58,3 @@ def test_a_constant_plan_gives_no_gradient_to_a_cost_tensor(backend, device):
     assert cost.grad is not None
     assert cost.grad[1].any()
     assert not cost.grad[0].any()
-
-
-def test_the_parts_of_a_fused_row_are_different():
-    x = torch.randn(3, 2)
-    with pytest.raises(ValueError, match="different from each other"):
-        parrot_kernels.parallel_branch_fusion(x, x, parts=("x", "x_to_y", "x_to_y"))
