@@ -47,7 +47,7 @@ def test_what_has_rows_of_this_commit_is_not_measured_again(monkeypatch, tmp_pat
     monkeypatch.setattr(machine, "ceilings", dict)
     monkeypatch.setattr(run, "with_floor", lambda op, case, mode, device, found: found)
     monkeypatch.setattr(
-        run, "measure", lambda op, case, mode, how: measured.append(mode) or [made_row(str(case), mode=mode)]
+        run, "measure", lambda op, case, mode, how: measured.append(mode) or [made_row(str(case), mode=mode, error=0.0)]
     )
     arguments = ["--op", "causal_conv1d", "--results", str(tmp_path), "--resume", "--modes"]
     assert run.main([*arguments, "forward"]) == 0
