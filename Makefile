@@ -36,6 +36,7 @@ mutants: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz_ops.py --cases 20000
+	$(BIN)/python tests/fuzz_files.py --cases 100000
 
 bench: $(VENV)/.bench
 	$(BIN)/parrot bench --suite quick

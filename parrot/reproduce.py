@@ -345,7 +345,7 @@ def _load(path: Path) -> dict[str, Any] | None:
     """A finished run; None if there is none, or none that can be read (it is then run again)."""
     try:
         record = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and "metrics" in record else None
 
