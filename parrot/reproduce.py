@@ -45,6 +45,7 @@ TITLES = {
     "ot": "Optimal transport",
     "parrot": "PARROT",
 }
+LOCK_SECONDS = 10  # to wait for another run of the same folder to end
 SPLITS = ("speaker", "stratified")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._#-]*")
 
@@ -354,7 +355,7 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _locked(store: Path):
     store.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(store / "lock", timeout=10):  # the system frees it when its holder is killed
+        with FileLock(store / "lock", timeout=LOCK_SECONDS):  # the system frees it when its holder is killed
             for stale in store.glob(".*.tmp"):
                 stale.unlink()
             yield
