@@ -41,7 +41,7 @@ TUNED_ALLOCATOR = {
 
 
 # Left out of the quick suite: what takes seconds to import, to compile, or a call.
-EXPENSIVE_PEERS = ("compile", "transformers", "mambapy", "POT", "OTT")
+EXPENSIVE_PEERS = ("compile", "step loop", "transformers", "mambapy", "POT", "OTT")
 TIMED = ("forward", "both", "backward")  # of the cases, beside peers
 ALL_MODES = (*TIMED, "latency", "startup", "sweep")
 # A suite's order: what matters most comes first, should the time run out.
