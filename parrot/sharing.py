@@ -245,7 +245,7 @@ def _built(folder: Path, kind: type[Shareable], arguments: dict[str, Any], weigh
     try:
         with torch.device("meta"):
             expected = kind.build(arguments)._module.state_dict()
-    except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
         _fail(folder, f"{CONFIG} describes no {kind.__name__}: {error}")
     if problems := mismatches(weights, expected):
         _fail(folder, f"its weights are not those of the model {CONFIG} describes: {first(problems)}.")
