@@ -4,6 +4,7 @@
 # make fuzz   runs the ops on random options against the reference, and the readers on damaged files (half an hour)
 # make bench  measures the kernels beside their peers, in minutes, into runs/bench
 # make gpu    on a machine with an NVIDIA GPU: build, tests, sanitizers, timings, profiles, into runs/gpu
+# make figures draws the plots of docs/figures from the committed rows
 # make docs   builds the documentation site into site/, strictly
 # make install-matrix, wheels, typecheck, coverage: what a release is checked with, see docs/release.md
 # All make .venv first, from nothing. Another torch: make demo TORCH="torch --index-url URL"
@@ -19,7 +20,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all mutants fuzz bench gpu lint format typecheck coverage docs install-matrix wheels doctor clean
+.PHONY: demo test test-all mutants fuzz bench figures gpu lint format typecheck coverage docs install-matrix wheels doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
@@ -35,12 +36,16 @@ mutants: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz_ops.py --cases 20000
+	$(BIN)/python tests/fuzz_files.py --cases 100000
 
 bench: $(VENV)/.bench
 	$(BIN)/parrot bench --suite quick
 
 gpu: $(VENV)/.test $(VENV)/.bench
 	$(BIN)/python -m benchmarks.campaign
+
+figures: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.plot --figures docs/figures
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run --Werror $(CPP)

@@ -91,7 +91,7 @@ def work(
         return forward
     for tensor in inputs:
         tensor.requires_grad_()
-    return lambda: torch.autograd.grad(convolution(*inputs), inputs, gradient)
+    return timing.ForwardAndBackward(lambda: (convolution(*inputs),), inputs, (gradient,))
 
 
 def floor_seconds(case: Case, both: bool) -> float:

@@ -49,7 +49,8 @@ def speedup(op: str, measured: list[dict], folder: Path) -> Path | None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(yscale="log", title=rows.TITLES[mode])
     axes[0].set_ylabel("times longer than ours")
-    axes[0].legend(fontsize=6)
+    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=7)
     figure.suptitle(f"{op}, {measured[0]['device']}", fontsize=10)
     return _save(figure, folder / f"{op}-speedup.png")
 

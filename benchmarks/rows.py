@@ -12,7 +12,7 @@ import numpy as np
 RESULTS = Path(__file__).with_name("results")
 OURS = "parrot_kernels"
 MODES = {"forward": "forward", "both": "forward + backward"}
-TITLES = {**MODES, "generate": "a token"}  # of all modes that are timed beside peers
+TITLES = {**MODES, "backward": "backward", "generate": "a token"}  # of all modes that are timed beside peers
 
 
 def load(path: Path) -> list[dict]:

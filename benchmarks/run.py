@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,11 @@ TUNED_ALLOCATOR = {
 
 
 # Left out of the quick suite: what takes seconds to import, to compile, or a call.
-EXPENSIVE_PEERS = ("compile", "transformers", "mambapy", "POT", "OTT")
-ALL_MODES = ("forward", "both", "latency", "startup", "sweep")
+EXPENSIVE_PEERS = ("compile", "step loop", "transformers", "mambapy", "POT", "OTT")
+TIMED = ("forward", "both", "backward")  # of the cases, beside peers
+ALL_MODES = (*TIMED, "latency", "startup", "sweep")
+# A suite's order: what matters most comes first, should the time run out.
+STAGES = (("forward", "both"), ("latency", "startup"), ("sweep",), ("backward",))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -65,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tuned-allocator", action="store_true", help="run again with glibc told to keep its pages")
     parser.add_argument("--results", type=Path, help="folder of rows (benchmarks/results, quick suite runs/bench)")
     parser.add_argument("--figures", type=Path, help="folder of a suite's plots (docs/figures, quick suite runs/bench)")
+    parser.add_argument("--resume", action="store_true", help="skip what this commit has rows of on this device")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -133,7 +138,7 @@ def growth_mib(work: Callable[[], object]) -> float:
 
 
 def measure(op, case, mode: str, arguments: argparse.Namespace) -> list[dict]:
-    both, peers = mode == "both", arguments.peers == "all" and mode in rows.MODES
+    both, peers = mode in ("both", "backward"), arguments.peers == "all" and mode in TIMED
     torch.compiler.reset()  # else the limit on recompilations is met by the sum of all cases
     expected = op.expected(case, both)
     ready, errors = {}, {}
@@ -142,6 +147,11 @@ def measure(op, case, mode: str, arguments: argparse.Namespace) -> list[dict]:
             continue
         try:
             candidate = make()
+            if mode == "backward":
+                if not isinstance(candidate, timing.ForwardAndBackward):
+                    print(f"    {name}: has no backward of its own", file=sys.stderr)
+                    continue
+                candidate = candidate.backward_alone()
             start = time.perf_counter()
             errors[name] = error_against(expected, candidate())
             print(
@@ -155,6 +165,10 @@ def measure(op, case, mode: str, arguments: argparse.Namespace) -> list[dict]:
             continue
         if errors[name] <= op.TOLERANCE:
             ready[name] = candidate
+            if mode == "latency" and arguments.device == "cuda":
+                replay = f"{name}, CUDA graph"
+                ready[replay] = timing.graph_replay(candidate)
+                errors[replay] = error_against(expected, ready[replay]())
         else:
             print(f"    {name}: not timed, it is wrong by {errors[name]:.1e} of the largest value", file=sys.stderr)
     samples = timing.interleaved(ready, arguments.device, arguments.seconds)
@@ -195,28 +209,46 @@ def with_floor(op, case, mode: str, device: str, measured: list[dict]) -> list[d
     else:  # the units of a GPU work side by side
         rates = machine.ceilings(device)
         seconds = max(work[name] / rates[f"{name}_per_s"] for name in ("exponentials", "multiply_adds", "bytes"))
-    return [{**row, "floor_ms": seconds * 1e3, "work": work} for row in measured]
+    floor = seconds * 1e3
+    return [{**row, "floor_ms": floor, "of_floor": floor / row["p50_ms"], "work": work} for row in measured]
 
 
-def measurements(op, arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
-    """(title, rows) of everything asked of one op."""
+def measurements(op, arguments: argparse.Namespace) -> Iterator[tuple[tuple, str, Callable[[], list[dict]]]]:
+    """(what identifies it among rows, title, what measures its rows) of everything asked of one op."""
     chosen = [c for c in op.CASES if not arguments.cases or str(c) in arguments.cases]
     if arguments.suite == "quick":
         chosen = sorted(chosen, key=lambda case: math.prod(vars(case).values()))[:2]
-    for mode in (m for m in rows.MODES if m in arguments.modes):
+
+    def timed(case, mode: str, how: argparse.Namespace, **fields: object) -> list[dict]:
+        measured = measure(op, case, mode, how)
+        if mode in rows.MODES:
+            measured = with_floor(op, case, mode, arguments.device, measured)
+        return [{**row, **fields} for row in measured]
+
+    for mode in (m for m in TIMED if m in arguments.modes):
         for case in chosen:
-            measured = measure(op, case, mode, arguments)
-            yield f"{case} {rows.MODES[mode]}", with_floor(op, case, mode, arguments.device, measured)
+            yield (mode, str(case), None), f"{case} {rows.TITLES[mode]}", partial(timed, case, mode, arguments)
     if "latency" in arguments.modes:
-        yield f"{op.TINY} latency", measure(op, op.TINY, "latency", arguments)
+        yield ("latency", str(op.TINY), None), f"{op.TINY} latency", partial(timed, op.TINY, "latency", arguments)
     if "startup" in arguments.modes:
-        yield "import and first call in a fresh process", startup.measure(arguments.op, arguments.device)
+        title = "import and first call in a fresh process"
+        yield ("cold", str(op.TINY), None), title, partial(startup.measure, arguments.op, arguments.device)
     if "sweep" in arguments.modes:
         alone = argparse.Namespace(**{**vars(arguments), "peers": "none", "peaks": "none"})
-        for mode in (m for m in rows.MODES if m in arguments.modes):
-            for dimension, size, case in sweeps.cases(arguments.op, arguments.sizes):
-                measured = with_floor(op, case, mode, arguments.device, measure(op, case, mode, alone))
-                yield f"{case} {rows.MODES[mode]}", [{**row, "sweep": dimension, "size": size} for row in measured]
+        for mode in [m for m in rows.MODES if m in arguments.modes] or rows.MODES:
+            for name, size, case in sweeps.cases(arguments.op, arguments.sizes):
+                work = partial(timed, case, mode, alone, sweep=name, size=size)
+                yield (mode, str(case), name), f"{case} {rows.MODES[mode]}", work
+
+
+def recorded(op: str, context: dict, path: Path) -> set[tuple]:
+    """What identifies the measurements of an op that the file has rows of, at this commit and in these conditions."""
+    same = ("commit", "threads", "allocator")
+    return {
+        (row["mode"], row["shape"], row.get("sweep"))
+        for row in (rows.load(path) if path.exists() else ())
+        if row["op"] == op and all(row.get(field) == context[field] for field in same)
+    }
 
 
 def run_op(name: str, arguments: argparse.Namespace) -> list[dict]:
@@ -231,17 +263,33 @@ def run_op(name: str, arguments: argparse.Namespace) -> list[dict]:
     }  # fmt: skip
     print(f"{name} on {device}, torch {torch.__version__}", end=", ")
     print(f"commit {context['commit']}, allocator {context['allocator']}")
-    everything = []
-    for title, measured in measurements(importlib.import_module(f"benchmarks.{name}"), arguments):
+    everything, path = [], arguments.results / f"{device}.jsonl"
+    known = recorded(name, context, path) if arguments.resume else set()
+    for key, title, work in measurements(importlib.import_module(f"benchmarks.{name}"), arguments):
+        if key in known:
+            continue
         print(f"\n{title}", flush=True)
+        measured = work()
         show(measured)
         done = [{**row, **context} for row in measured]
         everything += done
         if not arguments.no_save:
-            rows.append(done, arguments.results / f"{device}.jsonl")
+            rows.append(done, path)
     for (_, provider, mode, dimension), power in sweeps.exponents(everything).items():
         print(f"  {provider} {rows.MODES[mode]}: time grows as {dimension}^{power:.2f}")
     return everything
+
+
+def run_suite(arguments: argparse.Namespace) -> None:
+    """Every op, stage by stage, and the plots of all rows that the results have then."""
+    measured = []
+    for stage in STAGES:
+        modes = [mode for mode in stage if mode in arguments.modes]
+        for name in OPS if modes else ():
+            measured += run_op(name, argparse.Namespace(**{**vars(arguments), "modes": modes}))
+    path = arguments.results / f"{machine.device_name(arguments.device)}.jsonl"
+    for figure in plot.write(measured if arguments.no_save else rows.load(path), arguments.figures):
+        print(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,9 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.suite:
-        measured = [row for name in OPS for row in run_op(name, arguments)]
-        for path in plot.write(measured, arguments.figures):
-            print(path)
+        run_suite(arguments)
         return 0
     op = importlib.import_module(f"benchmarks.{arguments.op}")
     chosen = [c for c in op.CASES if not arguments.cases or str(c) in arguments.cases]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import machine
+from . import machine, timing
 
 EPS, ITERATIONS = 0.05, 50
 TOLERANCE = 2e-3  # of the largest magnitude, against float64: a gate against wrong answers, not a test of rounding
@@ -182,11 +182,7 @@ def work(projections: Projections, case: Case, device: str, both: bool) -> Calla
         return forward
     x.requires_grad_(), y.requires_grad_()
 
-    def forward_and_backward() -> tuple[Tensor, ...]:
-        x_to_y, y_to_x = projections(x, y, case.iterations)
-        return torch.autograd.grad((x_to_y, y_to_x), (x, y), (dy, dx))
-
-    return forward_and_backward
+    return timing.ForwardAndBackward(lambda: tuple(projections(x, y, case.iterations)), (x, y), (dy, dx))
 
 
 def floor_seconds(case: Case, both: bool) -> float:

@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class ForwardAndBackward:
+    """A forward and the gradients of its outputs, together by a call or the backward alone."""
+
+    forward: Callable[[], Sequence[Tensor]]
+    inputs: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(), self.inputs, self.gradients)
+
+    def backward_alone(self) -> Callable[[], tuple[Tensor, ...]]:
+        outputs = self.forward()
+        return lambda: torch.autograd.grad(outputs, self.inputs, self.gradients, retain_graph=True)
+
+
+def graph_replay(work: Work) -> Work:
+    """The same work, captured in a CUDA graph once; a call replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, tunes and allocates what must not happen in a capture
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work()
+
+    def replay() -> object:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 def synchronize(device: str) -> None:

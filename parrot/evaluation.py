@@ -406,9 +406,9 @@ def load_result(path: Path) -> TrainingResult | None:
         with safe_open(path, "numpy") as file:
             facts = json.loads(file.metadata()["result"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        return TrainingResult(
+            facts["history"], facts["best_epoch"], tensors["test_logits"], tensors.get("plan"), facts["seconds"]
+        )
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         warnings.warn(f"{path} can't be read ({error}); this run is trained again.", RuntimeWarning, stacklevel=3)
         return None
-    return TrainingResult(
-        facts["history"], facts["best_epoch"], tensors["test_logits"], tensors.get("plan"), facts["seconds"]
-    )

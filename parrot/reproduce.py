@@ -45,6 +45,7 @@ TITLES = {
     "ot": "Optimal transport",
     "parrot": "PARROT",
 }
+LOCK_SECONDS = 10  # to wait for another run of the same folder to end
 SPLITS = ("speaker", "stratified")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._#-]*")
 
@@ -345,7 +346,7 @@ def _load(path: Path) -> dict[str, Any] | None:
     """A finished run; None if there is none, or none that can be read (it is then run again)."""
     try:
         record = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and "metrics" in record else None
 
@@ -354,7 +355,7 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _locked(store: Path):
     store.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(store / "lock", timeout=10):  # the system frees it when its holder is killed
+        with FileLock(store / "lock", timeout=LOCK_SECONDS):  # the system frees it when its holder is killed
             for stale in store.glob(".*.tmp"):
                 stale.unlink()
             yield

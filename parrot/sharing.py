@@ -140,7 +140,7 @@ class Shareable(
 
         folder = _folder(folder_or_id, download, revision=revision, cache_dir=cache_dir, token=token)
         config = read_config(folder)
-        kind = Shareable.classes.get(config["architecture"])
+        kind = Shareable.classes.get(str(config["architecture"]))
         if kind is None or not issubclass(kind, cls):
             _fail(
                 folder,
@@ -151,11 +151,13 @@ class Shareable(
         model = _built(folder, kind, config["arguments"], weights)
         model._module.load_state_dict(weights)
         labels, outputs = config["description"].get("labels"), config["arguments"].get("n_classes")
+        if labels is not None and not isinstance(labels, list):
+            _fail(folder, f"{CONFIG} must hold a list as `labels`.")
         if labels is not None and len(labels) != outputs:
             _fail(folder, f"{CONFIG} names {len(labels)} labels, the model has {outputs} classes.")
         model.description = config["description"]
         card = folder / CARD
-        model.card = card.read_text(encoding="utf-8") if card.exists() else None
+        model.card = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
         model._module.eval()
         return model
 
@@ -175,7 +177,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         _fail(folder, f"{CONFIG} is missing. Name the folder that `parrot train` or `save_pretrained` wrote.")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         _fail(folder, f"{CONFIG} is damaged: {error}.")
     if not isinstance(config, dict) or "written_by" not in config or not isinstance(config.get("format"), int):
         _fail(folder, f"{CONFIG} is not that of a parrot-kernels model.")
@@ -216,6 +218,7 @@ def _folder(folder_or_id: str | Path, download: bool, **options: Any) -> Path:
 
 
 def _read_weights(folder: Path, sha256: str) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     from parrot.encoders.checkpoint import check_file
@@ -229,7 +232,10 @@ def _read_weights(folder: Path, sha256: str) -> dict[str, torch.Tensor]:
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
         _fail(folder, f"{WEIGHTS} is not the file that {CONFIG} describes. Save or fetch both again.")
-    return load(data)
+    try:
+        return load(data)
+    except SafetensorError as error:
+        _fail(folder, f"{WEIGHTS} is damaged: {error}.")
 
 
 def _built(folder: Path, kind: type[Shareable], arguments: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any:
@@ -239,7 +245,7 @@ def _built(folder: Path, kind: type[Shareable], arguments: dict[str, Any], weigh
     try:
         with torch.device("meta"):
             expected = kind.build(arguments)._module.state_dict()
-    except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
         _fail(folder, f"{CONFIG} describes no {kind.__name__}: {error}")
     if problems := mismatches(weights, expected):
         _fail(folder, f"its weights are not those of the model {CONFIG} describes: {first(problems)}.")

@@ -55,7 +55,7 @@ def run(function: Callable[..., dict[str, Tensor]], case: Case, tensors: dict[st
         return results
     wanted = {name: leaves[name] for name in case.wanted}
     if given:
-        grads = [cotangent.to(out[name].dtype) for name, cotangent in given.items()]
+        grads = [cotangent.to(case.dtype).to(out[name].dtype) for name, cotangent in given.items()]
         found = torch.autograd.grad([out[n] for n in given], list(wanted.values()), grads, allow_unused=True)
     else:
         found = (None,) * len(wanted)

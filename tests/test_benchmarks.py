@@ -31,6 +31,33 @@ def test_providers_agree_with_float64(op, both):
         assert run.error_against(expected, work()) < op.TOLERANCE, name
 
 
+@pytest.mark.parametrize("op", OPS, ids=run.OPS)
+def test_the_backward_alone_gives_the_same_gradients_again_and_again(op):
+    expected = op.expected(op.TINY, True)
+    (name, make), *_ = op.works(op.TINY, "cpu", True, peers=False).items()
+    backward = make().backward_alone()
+    assert name == "parrot_kernels[cpu]"
+    assert run.error_against(expected, backward()) < op.TOLERANCE
+    assert run.error_against(expected, backward()) < op.TOLERANCE
+
+
+def test_what_has_rows_of_this_commit_is_not_measured_again(monkeypatch, tmp_path):
+    op, measured = OPS[2], []
+    monkeypatch.setattr(op, "CASES", [op.TINY])
+    monkeypatch.setattr(machine, "ceilings", lambda device: {})
+    monkeypatch.setattr(run, "with_floor", lambda op, case, mode, device, found: found)
+    monkeypatch.setattr(
+        run, "measure", lambda op, case, mode, how: measured.append(mode) or [made_row(str(case), mode=mode, error=0.0)]
+    )
+    arguments = ["--op", "causal_conv1d", "--results", str(tmp_path), "--resume", "--modes"]
+    assert run.main([*arguments, "forward"]) == 0
+    assert run.main([*arguments, "forward", "backward"]) == 0
+    assert measured == ["forward", "backward"]
+    monkeypatch.setattr(machine, "commit", lambda: "another")
+    assert run.main([*arguments, "forward"]) == 0
+    assert measured == ["forward", "backward", "forward"]
+
+
 def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
     op = importlib.import_module("benchmarks.causal_conv1d")
     good = op.works(op.TINY, "cpu", False, True)["sum of shifts"]
@@ -164,7 +191,7 @@ def test_the_quick_suite_runs_every_op_and_mode(monkeypatch, tmp_path):
     assert run.main(["--suite", "quick", "--seconds", "0.01", *folders]) == 0
     measured = rows.load_all(tmp_path)
     assert {(row["op"], row["mode"]) for row in measured} == {
-        (op, mode) for op in run.OPS for mode in ("forward", "both", "latency", "import", "cold")
+        (op, mode) for op in run.OPS for mode in ("forward", "both", "backward", "latency", "import", "cold")
     }
     assert {row["op"] for row in measured if "sweep" in row} == set(run.OPS)
     assert len(list((tmp_path / "figures").glob("*.png"))) == 7
@@ -182,10 +209,39 @@ def test_every_figure_of_a_table_comes_from_a_row(name):
     assert "\n".join(table.tables(measured)[name]) == block
 
 
-def test_no_time_or_ratio_stands_outside_the_tables():
-    outside = table.BLOCK.sub("", PAGE) + (machine.ROOT / "README.md").read_text()
-    timed = re.findall(r"\d(?:\.\d+)? (?:us|ms|s|G/s|GFLOP/s|x|times (?:as fast|faster|longer))\b", outside)
-    assert timed == []
+# A figure that says what something costs here; sizes such as `4096 x 4096` and limits such as "1 GiB" do not.
+MEASURED = re.compile(
+    r"(?<![\w.x])\d[\d,.]*(?:e[+-]?\d+)?(?:[x×](?!\w)|\s(?:us|ms|s|sec(?:onds?)?|minutes?|hours?|[MG]iB/s|G/s|GFLOP/s|"
+    r"times\s(?:as\sfast|faster|slower|longer))\b)"
+)
+# Page -> the figures outside the tables of performance.md, and where each comes from.
+TRACED = {
+    "docs/scale.md": {
+        **dict.fromkeys(("2.1x", "3.3x", "1.6x", "1.4x"), "rows of op features: tests/test_scale_page.py"),
+        "4 s": "the length of a clip of benchmarks/features.py",
+    },
+    "docs/encoders.md": {"10.24 s": "the length of SSAM's table of positions"},
+    "docs/install.md": {"0.02 s": "written by tests/install_matrix.py"},
+}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(str(p.relative_to(machine.ROOT)) for p in sorted((machine.ROOT / "docs").rglob("*.md")))]
+)
+def test_every_measured_figure_can_be_traced(page):
+    text = table.BLOCK.sub("", (machine.ROOT / page).read_text())
+    untraced = [figure for figure in MEASURED.findall(text) if figure not in TRACED.get(page, {})]
+    assert untraced == [], f"{page}: give these a row and a table, or name their origin in TRACED"
+    assert [figure for figure in TRACED.get(page, {}) if figure not in text] == []
+
+
+@pytest.mark.parametrize("figure", ["5.4x", "545 ms", "1.2 s", "12 times faster", "3.9 G/s"])
+def test_a_figure_without_a_row_is_seen(figure):
+    assert MEASURED.findall(f"ours takes {figure} there") == [figure]
+    assert MEASURED.findall("1x32x32x120, 4096 x 4096 points, up to 1 GiB, 3xTF32") == []
+
+
+def test_performance_has_its_blocks():
     assert {"sinkhorn_hadamard", "selective_scan", "causal_conv1d", "targets"} <= {
         match[2] for match in table.BLOCK.finditer(PAGE)
     }

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+import fuzz_files
 import fuzz_ops
+import fuzz_readers
 import pytest
 import torch
 from fuzz_cases import CASES
 from scan_cases import places
 
 import parrot_kernels
+from parrot.corpora.audio import AudioError, load_waveform
 from parrot_kernels import native, selective_scan, sinkhorn_hadamard, sinkhorn_transport
 
 needs_kernels = pytest.mark.skipif(native.why_missing("cpu") is not None, reason="the extension is not built")
@@ -60,7 +66,34 @@ def test_a_constant_plan_gives_no_gradient_to_a_cost_tensor(backend, device):
     assert not cost.grad[0].any()
 
 
-def test_the_parts_of_a_fused_row_are_different():
-    x = torch.randn(3, 2)
-    with pytest.raises(ValueError, match="different from each other"):
-        parrot_kernels.parallel_branch_fusion(x, x, parts=("x", "x_to_y", "x_to_y"))
+@pytest.mark.parametrize("reader", fuzz_files.READERS)
+def test_damaged_files_are_read_or_refused(reader):
+    failures = []
+    assert fuzz_files.run([reader], cases=25, first=0, seconds=60.0, report=failures.append) == 0, failures
+
+
+def test_a_recording_with_a_nonsensical_header_takes_no_memory(tmp_path):
+    data = bytearray(fuzz_files.READERS["flac"].files()["a.flac"])
+    data[22:26] = b"\x7f" * 4  # the number of samples
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(AudioError, match=r"truncated|not a readable"):
+        load_waveform(tmp_path / "a.flac", 16000)
+    data = bytearray(fuzz_files.READERS["wav"].files()["a.wav"])
+    data[24:28] = (1_999_999_999).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(AudioError, match="a sample rate of 1999999999 Hz"):
+        load_waveform(tmp_path / "a.wav", 16000)
+
+
+def test_the_fuzz_of_files_sees_crashes_and_code_that_is_run(monkeypatch):
+    def read(folder, rng):
+        os.kill(os.getpid(), signal.SIGSEGV) if rng.random() < 0.5 else os.system("true")
+
+    reader = fuzz_readers.Reader(lambda: {"a": b"content"}, read, (ValueError,))
+    monkeypatch.setitem(fuzz_files.READERS, "broken", reader)
+    outcomes = [outcome for _, outcome in fuzz_files.run_batch("broken", range(8))]
+    assert len(outcomes) == 8
+    assert {outcome.split(":")[0] for outcome in outcomes} == {
+        "FAILED the process ended with -11",
+        "FAILED BaseException",
+    }

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reproduce_small as small
+from filelock import FileLock
 from scipy.stats import ttest_rel, wilcoxon
 from synthetic_trees import make_tree
 
@@ -186,6 +187,18 @@ def test_a_full_disk_is_told_and_loses_nothing(finished, tmp_path, monkeypatch):
     assert len([path for path in (tmp_path / "results").iterdir() if path.name != "lock"]) == 7
     assert small.run(tmp_path).reused == 7
     assert contents(tmp_path) == contents(finished[0])
+
+
+def test_two_runs_of_one_folder_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "LOCK_SECONDS", 0.1)
+    (tmp_path / "results").mkdir()
+    held, message = (
+        FileLock(tmp_path / "results" / "lock"),
+        r"another run uses .*results\. Wait for it, or name another",
+    )
+    with held, pytest.raises(RuntimeError, match=message):
+        small.run(tmp_path)
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("recordings", [True, False])

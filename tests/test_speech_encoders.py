@@ -135,12 +135,25 @@ def test_broken_weights(tmp_path):
             encoders.load(f"hubert:{tmp_path}")
 
 
-def test_models_of_other_inputs_are_refused(tmp_path):
-    from transformers import ASTConfig, ASTModel
+def small_model_of_spectrograms(kind):
+    import transformers
 
-    ASTModel(ASTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
-    write_preprocessor(tmp_path, feature_extractor_type="ASTFeatureExtractor")
-    with pytest.raises(ValueError, match=r"must take waveforms.*got 'audio-spectrogram-transformer'"):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind == "AST":
+        return transformers.ASTModel(transformers.ASTConfig(**sizes))
+    audio = {
+        "hidden_size": 32, "patch_embeds_hidden_size": 16, "depths": [1, 1], "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2, "spec_size": 64, "num_mel_bins": 16,
+    }  # fmt: skip
+    text = {**sizes, "vocab_size": 50}
+    return transformers.ClapModel(transformers.ClapConfig(text_config=text, audio_config=audio, projection_dim=8))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("AST", "audio-spectrogram-transformer"), ("Clap", "clap")])
+def test_models_of_other_inputs_are_refused(tmp_path, kind, name):
+    small_model_of_spectrograms(kind).save_pretrained(tmp_path)
+    write_preprocessor(tmp_path, feature_extractor_type=f"{kind}FeatureExtractor")
+    with pytest.raises(ValueError, match=rf"must take waveforms.*got '{name}'"):
         encoders.load(f"transformers:{tmp_path}")
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+RATES = (1000, 1_000_000)  # Hz; a damaged header may say anything, and resampling takes memory in proportion
+_BLOCK = 1 << 20  # samples read at a time: a damaged header may also promise any number
 
 
 class AudioError(ValueError):
@@ -65,10 +67,18 @@ def decode_waveform(data: bytes, path: str | os.PathLike, sample_rate: int, min_
     if lost:
         raise AudioError(path, f"truncated: {lost} bytes fewer than its header says", "truncated")
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate, promised, exact = file.samplerate, file.frames, file.format == "FLAC"
+            blocks = []
+            while (block := file.read(_BLOCK // file.channels + 1, dtype="float32", always_2d=True)).size:
+                blocks.append(block.mean(axis=1))
     except soundfile.LibsndfileError as error:
         raise AudioError(path, f"not a readable audio file: {error.error_string}") from None
-    samples = samples.mean(axis=1)
+    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    if exact and samples.size < promised:  # libsndfile says nothing of it either
+        raise AudioError(path, f"truncated: {promised - samples.size} samples fewer than its header says", "truncated")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise AudioError(path, f"a sample rate of {rate} Hz, wanted {RATES[0]} to {RATES[1]}", "sample rate")
     if not samples.size:
         raise AudioError(path, "empty recording (0 samples)", "empty")
     if not np.isfinite(samples).all():

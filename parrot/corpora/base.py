@@ -197,3 +197,11 @@ def _wav_files(root: Path, pattern: str) -> list[Path]:
     folders = [root] if pattern == "." else [p for p in root.glob(pattern) if p.is_dir()]
     files = (p for folder in folders for p in folder.iterdir())
     return sorted(p for p in files if p.suffix.lower() == ".wav" and not p.name.startswith("."))
+
+
+def is_file(path: Path) -> bool:
+    """Also for what is no possible file name, of which `Path.is_file` raises OSError or ValueError."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

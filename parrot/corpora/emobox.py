@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parrot.corpora.base import CorpusError, Problem, Reader, Utterance
+from parrot.corpora.base import CorpusError, Problem, Reader, Utterance, is_file
 from parrot.corpora.splits import Fold, hold_out
 
 
@@ -46,7 +46,7 @@ class _EmoBoxReader(Reader):
                 continue
             label = names.get(str(row["emo"]).lower(), str(row["emo"])).lower()
             path = checkout / row["wav"]
-            if not path.is_file():
+            if not is_file(path):
                 problems.append(Problem("missing", str(path), "no such file"))
             utterances.append(Utterance(path, speakers[row["key"]], label, ""))
         return utterances, problems
@@ -113,11 +113,11 @@ def folds(
 
 def _read_jsonl(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        row = json.loads(line)
-        missing = [name for name in ("key", "wav", "emo") if name not in row]
+        row = _parsed(line, f"{path.name}, line {number}")
+        missing = [name for name in ("key", "wav", "emo") if not isinstance(row.get(name), str)]
         if missing:
             raise ValueError(f"{path.name}, line {number}: no field {', '.join(missing)}: not EmoBox metadata")
         rows.append(row)
@@ -127,7 +127,7 @@ def _read_jsonl(path: Path) -> list[dict]:
 def _speakers(path: Path) -> dict[str, str]:
     """Speaker by key, from lines ``key channel speaker start end <...> emotion``."""
     speakers = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in _text(path).split("\n"):
         fields = line.split()
         if len(fields) >= 3:
             gendered = re.fullmatch(r"(?:fe)?male_(\d+)", fields[2])
@@ -136,4 +136,21 @@ def _speakers(path: Path) -> dict[str, str]:
 
 
 def _label_names(path: Path) -> dict[str, str]:
-    return {str(raw).lower(): str(name) for raw, name in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {str(raw).lower(): str(name) for raw, name in _parsed(_text(path), path.name).items()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not text in UTF-8: {error}") from None
+
+
+def _parsed(text: str, where: str) -> dict:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is not a JSON object: not EmoBox metadata")
+    return content

@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from parrot.corpora.base import CorpusError, Problem, Reader, Utterance
+from parrot.corpora.base import CorpusError, Problem, Reader, Utterance, is_file
 
 COLUMNS = ("path", "speaker", "label")
 _FILES = ("manifest.csv", "manifest.jsonl")
@@ -51,7 +51,7 @@ class _ManifestReader(Reader):
             if count > 1:
                 problems.append(Problem("repeated", str(twice), f"on {count} lines of {path.name}"))
         problems += [
-            Problem("missing", str(u.path), "no such file") for u in dict.fromkeys(utterances) if not u.path.is_file()
+            Problem("missing", str(u.path), "no such file") for u in dict.fromkeys(utterances) if not is_file(u.path)
         ]
         return utterances, problems
 
@@ -72,7 +72,7 @@ def _json_rows(path: Path) -> list[tuple[int, dict]]:
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {line} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {line} is not a JSON object")

@@ -300,13 +300,22 @@ def load(path: str | os.PathLike, files: Sequence[str] | None = None) -> tuple[l
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"splits.load: {path} is not whole JSON ({error}): make the folds again.") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(f"splits.load: {path}: wanted the format {FORMAT!r}, got {found!r}: make the folds again.")
     if content.pop("sha256", None) != _digest(content):
         raise ValueError(f"splits.load: {path} was changed after it was written: its hash does not match.")
+    try:
+        return _from_content(content, path, files)
+    except (KeyError, TypeError, IndexError, OverflowError, AttributeError) as error:
+        raise ValueError(f"splits.load: {path} is no folds file of ours ({error!r}): make the folds again.") from error
+
+
+def _from_content(
+    content: dict[str, Any], path: str | os.PathLike, files: Sequence[str] | None
+) -> tuple[list[Fold], dict[str, Any]]:
     place = np.arange(len(content["files"]))
     if files is not None:
         row_of = {str(file): row for row, file in enumerate(files)}

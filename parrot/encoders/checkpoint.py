@@ -90,12 +90,19 @@ def check_file(path: Path, family: str) -> None:
     if head.lstrip().startswith(b"<"):
         _fail(path, family, f"it is a web page, as servers send instead of a large file. {DOWNLOAD_AGAIN}")
     if head.startswith(b"PK"):
-        if not zipfile.is_zipfile(path):
+        if not _has_index(path):
             _fail(path, family, f"it is truncated ({size} bytes, its index is missing). {DOWNLOAD_AGAIN}")
     elif _is_safetensors(path):
         _check_safetensors(path, family, size)
     elif not head.startswith(b"\x80"):
         _fail(path, family, f"it is neither a safetensors nor a torch.save file ({size} bytes). {wanted}")
+
+
+def _has_index(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an index that speaks of several disks
+        return False
 
 
 def mismatches(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
@@ -141,10 +148,11 @@ def _check_safetensors(path: Path, family: str, size: int) -> None:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            wanted = 8 + length + max(ends, default=0)
+            short = size < wanted
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             _fail(path, family, f"its safetensors header is damaged ({error}). {DOWNLOAD_AGAIN}")
-    wanted = 8 + length + max(ends, default=0)
-    if size < wanted:
+    if short:
         _fail(path, family, f"it is truncated: wanted {wanted} bytes, got {size}. {DOWNLOAD_AGAIN}")
 
 

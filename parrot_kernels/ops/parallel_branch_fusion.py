@@ -56,8 +56,6 @@ def parallel_branch_fusion(
     """
     for part in parts if parts else [None]:
         checks.choice(OP, "parts", part, PARTS)
-    if len(set(parts)) < len(parts):
-        raise checks.error(OP, "parts", "different from each other", list(parts))
     checks.choice(OP, "cost", cost, sinkhorn.COSTS)
     checks.choice(OP, "gradient", gradient, sinkhorn.GRADIENTS)
     checks.choice(OP, "backend", backend, (None, *backends.NAMES))
