@@ -8,8 +8,8 @@ A row holds, by quantity (an output, or "d" and an input): ``errors``, those of 
 reference in the same dtypes; ``ulp``, how far the float64 result moves when every input changes by one unit in the
 last place of the compute dtype, up or down at random: what the problem itself does to rounding. Each is the largest
 absolute difference over the largest absolute value, this taken for at least the smallest normal number of the result's
-dtype, or absolute where all values are 0; that of ``error``, a residual that vanishes at convergence, is absolute. A value that the dtype cannot hold must
-come out as the infinity of its sign, and counts neither way.
+dtype; it is absolute where all values are 0, and for ``error``, a residual that vanishes at convergence. A value that
+the dtype cannot hold must come out as the infinity of its sign, and counts neither way.
 """
 
 from __future__ import annotations
