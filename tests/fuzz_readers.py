@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.signal  # noqa: F401 (imported when resampling: once, not in every child under its alarm)
 import soundfile
 import torch
 from safetensors.torch import save
