@@ -59,7 +59,7 @@ def test_extraction_by_two_processes_is_that_of_one(tmp_path):
                 np.testing.assert_array_equal(two["indices"], one.indices)
                 assert two["failures"].tolist() == [str(path) for path, _ in one.failures]
                 assert tuple(two["hashes"]) == one.hashes
-                assert two["reused"] == 0
+                assert two["reused"] <= 1  # one of the two that are the same, where its process came second
         again = cases.embedded(tmp_path, "shared", Group(), Extraction(clips))
         assert again.reused == len(again.rows) == 29
 
@@ -149,6 +149,7 @@ def test_commands_that_processes_cannot_share(monkeypatch, capsys):
 
 def test_without_accelerate_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match=r"pip install 'parrot-kernels\[distributed\]'"):
         join("cpu")
