@@ -90,6 +90,9 @@ def growth(op: str, measured: list[dict], folder: Path) -> Path | None:
                 sizes, times = list(by_size), [row["p50_ms"] for row in by_size.values()]
                 power = sweeps.exponent(sizes, times)
                 axis.loglog(sizes, times, "o-", label=f"{rows.MODES[mode]}, {dimension}^{power:.2f}", markersize=3)
+        axis.set_xticks(sizes, map(str, sizes))
+        axis.minorticks_off()
+        axis.tick_params(labelsize=7)
         axis.set_title(dimension, fontsize=9)
         axis.legend(fontsize=6)
     axes[0].set_ylabel("ms")

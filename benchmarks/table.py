@@ -59,7 +59,8 @@ def op_table(op: str, measured: list[dict]) -> list[str]:
 
 
 def startup_table(measured: list[dict]) -> list[str]:
-    newest = {(row["op"], row["provider"], row["mode"]): row for row in measured if row["mode"] in STARTUP}
+    ours = [row for row in measured if row["mode"] in STARTUP and rows.is_ours(row)]
+    newest = {(row["op"], row["provider"], row["mode"]): row for row in ours}
     if not newest:
         return []
     lines = [
