@@ -5,7 +5,7 @@
 
 For every op, case, mode and allocator the newest rows count. Ratios are of medians measured in the same run.
 ``--update`` replaces what lies between ``<!-- rows: NAME -->`` and ``<!-- end of rows -->``; names are those of the
-ops, ``growth``, ``startup`` and ``targets``.
+ops, ``growth``, ``startup``, ``summary`` and ``targets``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from . import rows, sweeps, targets
 
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
 STARTUP = {"import": "import", "cold": "first call of a process", "latency": "smallest problem"}
+SUMMARISED = ("sinkhorn_hadamard", "selective_scan", "causal_conv1d", "transformers_mamba")
 
 
 def cell(row: dict | None, ours: float) -> str:
@@ -55,6 +56,30 @@ def op_table(op: str, measured: list[dict]) -> list[str]:
             f"| {shape} | {rows.TITLES[mode]} | {allocator} | {time:.3g} | {floor} | "
             f"{'-' if peak is None else f'{peak:.1f}'} | {' | '.join(cells)} |"
         )
+    return lines
+
+
+def summary_table(measured: list[dict]) -> list[str]:
+    """For each op and mode the smallest and the largest ratio of the fastest peer's time to ours."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    counted: list[dict] = []
+    for (op, _, mode, allocator), group in rows.newest(rows.cases(measured)).items():
+        own, peers = rows.own(group), [row for row in group.values() if not rows.is_ours(row)]
+        if own and peers and allocator == "default" and op in SUMMARISED:
+            ratios.setdefault((op, mode), []).append(min(row["p50_ms"] for row in peers) / own["p50_ms"])
+            counted += group.values()
+    if not ratios:
+        return []
+    lines = [
+        f"### Summary, {counted[0]['device']}, at {rows.commits(counted)}", "",
+        "| op | mode | cases | the fastest peer of each case takes |", "|---" * 4 + "|",
+    ]  # fmt: skip
+    titles = list(rows.TITLES)
+    for op, mode in sorted(ratios, key=lambda key: (SUMMARISED.index(key[0]), titles.index(key[1]))):
+        found = ratios[op, mode]
+        least, most = f"{min(found):.1f}x", f"{max(found):.1f}x"
+        times = least if len(found) == 1 else f"{least} to {most}"
+        lines.append(f"| `{op}` | {rows.TITLES[mode]} | {len(found)} | {times} as long |")
     return lines
 
 
@@ -97,6 +122,7 @@ def tables(measured: list[dict]) -> dict[str, list[str]]:
     """Name -> lines, for what there are rows of."""
     found = {op: op_table(op, measured) for op in dict.fromkeys(row["op"] for row in measured)}
     found |= {"growth": growth_table(measured), "startup": startup_table(measured), "targets": targets.table(measured)}
+    found["summary"] = summary_table(measured)
     return {name: lines for name, lines in found.items() if lines}
 
 
