@@ -20,17 +20,27 @@ from . import rows, sweeps, targets
 
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
 STARTUP = {"import": "import", "cold": "first call of a process", "latency": "smallest problem"}
+WITH_ERRORS = ("sinkhorn_divergence",)  # whose providers are not equally exact
 SUMMARISED = ("sinkhorn_hadamard", "selective_scan", "causal_conv1d", "transformers_mamba")
 
 
+def time_of(row: dict) -> str:
+    return f"{row['p50_ms']:.3g}" + (f", error {row['error']:.0e}" if row["op"] in WITH_ERRORS else "")
+
+
 def cell(row: dict | None, ours: float) -> str:
-    return "-" if row is None else f"{row['p50_ms']:.3g} ({row['p50_ms'] / ours:.1f}x)"
+    return "-" if row is None else f"{time_of(row)} ({row['p50_ms'] / ours:.1f}x)"
 
 
 def by_size(key: tuple[str, ...]) -> tuple:
     """Small problems first, forward before backward, whatever the order in which they were measured."""
     _, shape, mode, allocator = key
-    return math.prod(map(int, re.findall(r"\d+", shape))), shape, list(rows.TITLES).index(mode), allocator
+    return (
+        math.prod(map(int, re.findall(r"\d+", shape.partition(",")[0]))),
+        shape,
+        list(rows.TITLES).index(mode),
+        allocator,
+    )
 
 
 def op_table(op: str, measured: list[dict]) -> list[str]:
@@ -53,7 +63,7 @@ def op_table(op: str, measured: list[dict]) -> list[str]:
         floor = f"{100 * own['floor_ms'] / time:.0f} %" if own.get("floor_ms") else "-"
         cells = [cell(group.get(peer), time) for peer in peers]
         lines.append(
-            f"| {shape} | {rows.TITLES[mode]} | {allocator} | {time:.3g} | {floor} | "
+            f"| {shape} | {rows.TITLES[mode]} | {allocator} | {time_of(own)} | {floor} | "
             f"{'-' if peak is None else f'{peak:.1f}'} | {' | '.join(cells)} |"
         )
     return lines
