@@ -21,7 +21,7 @@ from . import rows, sweeps, targets
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
 STARTUP = {"import": "import", "cold": "first call of a process", "latency": "smallest problem"}
 WITH_ERRORS = ("sinkhorn_divergence",)  # whose providers are not equally exact
-SUMMARISED = ("sinkhorn_hadamard", "selective_scan", "causal_conv1d", "transformers_mamba")
+SUMMARISED = ("sinkhorn_hadamard", "sinkhorn_divergence", "selective_scan", "causal_conv1d", "transformers_mamba")
 
 
 def time_of(row: dict) -> str:

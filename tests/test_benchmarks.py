@@ -10,7 +10,20 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import compare, end_to_end, machine, plot, rows, run, startup, sweeps, table, targets, timing
+from benchmarks import (
+    compare,
+    end_to_end,
+    machine,
+    plot,
+    rows,
+    run,
+    sinkhorn_divergence,
+    startup,
+    sweeps,
+    table,
+    targets,
+    timing,
+)
 from parrot import cli
 from parrot.commands import bench
 
@@ -292,3 +305,12 @@ def test_training_steps_learn():
     for step in end_to_end.training_step(batch=4, dims=(64, 48)).values():
         first = step()
         assert min(step() for _ in range(20)) < first
+
+
+def test_the_divergence_and_its_peer_tell_how_exact_they_are():
+    pytest.importorskip("geomloss")
+    case = sinkhorn_divergence.Case(2, 12, 9, 3, 0.3)
+    for both in (False, True):
+        measured = {row["provider"]: row for row in sinkhorn_divergence.measure(case, both, seconds=0.01)}
+        assert len(measured) == 1 + len(sinkhorn_divergence.SCALINGS)
+        assert measured[sinkhorn_divergence.OURS]["error"] < (5e-2 if both else 1e-4)
