@@ -102,6 +102,8 @@ def stages(output: Path, peers: Path | None = None) -> list[Stage]:
                 str(output / "rows"), "--peaks", "none",
             ]  # fmt: skip
             found.append(Stage(f"bench-{op}-{mode}", 300, command, no_device))
+    divergence = [*module, "benchmarks.sinkhorn_divergence", "--device", "cuda", "--results", str(output / "rows")]
+    found.append(Stage("bench-sinkhorn_divergence", 300, lambda: divergence, no_device))
     names = "regex:(parrot|sinkhorn|selective|causal)"
     ncu = ["ncu", "--set", "full", "--kernel-name", names, "--launch-count", "40", "--page", "details"]
     ncu = [*ncu, *every, "--large"]
