@@ -4,13 +4,15 @@
 
 ``embedding`` (forward): one clip of 2.5 s through SSAM base and HuBERT base of random weights, as `parrot features`
 does it, beside the same with SSAM's mixers written in plain PyTorch, a step after another; HuBERT is transformers' on
-both sides. ``training_step`` (forward + backward): forward, loss, backward and Adam's step of PARROT in the paper's
-configuration on 32 utterances, beside those of the baseline that concatenates, which has no transport to compute.
+both sides, on ours with `parrot_kernels.modules.Linear`. ``training_step`` (forward + backward): forward, loss,
+backward and Adam's step of PARROT in the paper's configuration on 32 utterances, beside those of the baseline that
+concatenates, which has no transport to compute.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -39,13 +41,13 @@ class SequentialMixer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         m = self.mixer
-        x, z = m.in_proj(hidden).mT.chunk(2, dim=1)
+        x, z = F.linear(hidden, m.in_proj.weight).mT.chunk(2, dim=1)
         x = F.silu(m.conv1d(x)[..., : hidden.shape[1]])
         rank, state = m.dt_proj.in_features, m.A_log.shape[1]
-        dt, B, C = m.x_proj(x.mT).split((rank, state, state), dim=-1)
+        dt, B, C = F.linear(x.mT, m.x_proj.weight).split((rank, state, state), dim=-1)
         delta = (dt @ m.dt_proj.weight.T).mT
         y = self.scan(x, delta, -m.A_log.exp(), B.mT, C.mT, m.D, z, m.dt_proj.bias)
-        return m.out_proj(y.mT)
+        return F.linear(y.mT, m.out_proj.weight)
 
 
 def embedding(samples: int = SAMPLES, layers: int | None = None) -> Works:
@@ -53,26 +55,28 @@ def embedding(samples: int = SAMPLES, layers: int | None = None) -> Works:
 
     from parrot.encoders.speech import SpeechModel
     from parrot.encoders.ssam import SSAM
+    from parrot_kernels.modules import accelerate_linear
 
     torch.manual_seed(0)
     depth = {} if layers is None else {"depth": layers}
     ssam = SSAM(**depth).eval()
     config = transformers.HubertConfig(**({} if layers is None else {"num_hidden_layers": layers}))
     hubert = SpeechModel(transformers.HubertModel(config), do_normalize=False).eval()
+    fast_hubert = accelerate_linear(copy.deepcopy(hubert))  # as `parrot.encoders.load` does
     plain = SSAM(**depth).eval()
     plain.load_state_dict(ssam.state_dict())
     for block in plain.blocks:
         block.mixer = SequentialMixer(block.mixer)
     clip = 0.1 * torch.randn(1, samples)
 
-    def embed(mamba: SSAM) -> Callable[[], Tensor]:
+    def embed(mamba: SSAM, hubert: SpeechModel) -> Callable[[], Tensor]:
         @torch.inference_mode()
         def both_encoders() -> Tensor:
             return torch.cat([mamba.embed(clip), hubert.embed(clip)], dim=1)
 
         return both_encoders
 
-    return {OURS: embed(ssam), PEERS["embedding"]: embed(plain)}
+    return {OURS: embed(ssam, fast_hubert), PEERS["embedding"]: embed(plain, hubert)}
 
 
 def training_step(batch: int = BATCH, dims: tuple[int, ...] = DIMS) -> Works:

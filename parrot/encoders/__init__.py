@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from parrot_kernels.modules import accelerate_linear
+
 from . import demo
 from .base import Encoder
 from .feature_model import FeatureModel
@@ -42,7 +44,7 @@ def load(spec: str, *, layer: str | int = "last", download: bool = False) -> Enc
             raise ValueError(f"encoders.load: `layer` is given twice: {layer!r} beside {spec!r}.")
         spec, layer = match["spec"], match["layer"]
         layer = layer if layer in ("last", "mean", "weighted") else int(layer)
-    encoder = _load(spec, download).use_layer(layer)
+    encoder = accelerate_linear(_load(spec, download)).use_layer(layer)
     if layer != "last":
         encoder.name += f"#{encoder.layer}"
     return encoder

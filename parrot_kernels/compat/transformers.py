@@ -23,9 +23,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.linear import linear
 from . import causal_conv1d, mamba_ssm
 
 MIXERS = {"mamba": "MambaMixer", "falcon_mamba": "FalconMambaMixer", "jamba": "JambaMambaMixer"}
@@ -165,13 +165,13 @@ def _inference(mixer: Any, hidden_states: Tensor, mask: Tensor | None) -> Tensor
 
     def run(steps: slice, inputs: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         valid = None if mask is None else mask[:, steps, None]
-        x, z = mixer.in_proj(_masked(hidden_states[:, steps], valid)).transpose(1, 2).chunk(2, dim=1)
+        x, z = _project(mixer.in_proj, _masked(hidden_states[:, steps], valid)).transpose(1, 2).chunk(2, dim=1)
         u, inputs = causal_conv1d.causal_conv1d_fn(x, filters, conv1d.bias, None, inputs, True, activation="silu")
         u = _masked(u.transpose(1, 2), valid)
-        dt, B, C = (norm(t) for norm, t in zip(norms, mixer.x_proj(u).split(sizes, dim=-1), strict=True))
+        dt, B, C = (norm(t) for norm, t in zip(norms, _project(mixer.x_proj, u).split(sizes, dim=-1), strict=True))
         y, state = mamba_ssm.selective_scan_fn(
             u.transpose(1, 2),
-            F.linear(dt, dt_proj.weight).transpose(1, 2),
+            linear(dt, dt_proj.weight).transpose(1, 2),
             A,
             B.transpose(1, 2),
             C.transpose(1, 2),
@@ -182,7 +182,7 @@ def _inference(mixer: Any, hidden_states: Tensor, mask: Tensor | None) -> Tensor
             return_last_state=True,
             prev_state=state,
         )
-        return mixer.out_proj(y.transpose(1, 2).to(hidden_states.dtype)), inputs, state
+        return _project(mixer.out_proj, y.transpose(1, 2).to(hidden_states.dtype)), inputs, state
 
     length = hidden_states.shape[1]
     first, inputs, state = run(slice(0, PIECE), None, None)
@@ -194,6 +194,12 @@ def _inference(mixer: Any, hidden_states: Tensor, mask: Tensor | None) -> Tensor
         steps = slice(start, start + PIECE)
         out[:, steps], inputs, state = run(steps, inputs, state)
     return out
+
+
+def _project(layer: nn.Module, x: Tensor) -> Tensor:
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
 
 
 def _masked(x: Tensor, valid: Tensor | None) -> Tensor:

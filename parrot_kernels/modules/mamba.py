@@ -6,14 +6,15 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
 from ..ops.causal_conv1d import causal_conv1d
 from ..ops.causal_conv1d_update import causal_conv1d_update
+from ..ops.linear import linear
 from ..ops.selective_scan import selective_scan
 from ..ops.selective_state_update import selective_state_update
+from .linear import Linear
 
 
 class MambaBlock(nn.Module):
@@ -53,10 +54,10 @@ class MambaBlock(nn.Module):
         self.dt_init, self.dt_scale = dt_init, dt_scale
         self.use_fast_path, self.layer_idx, self.backend = use_fast_path, layer_idx, backend
 
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         for suffix in self.suffixes:
             self._add_direction(suffix, conv_bias, **factory)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **factory)
         for suffix in self.suffixes:
             self._initialise_recurrence(suffix)
 
@@ -66,8 +67,8 @@ class MambaBlock(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, taps = self.d_inner, self.d_conv
         conv1d = nn.Conv1d(inner, inner, taps, groups=inner, padding=taps - 1, bias=conv_bias, **factory)
-        x_proj = nn.Linear(inner, self.dt_rank + 2 * self.d_state, bias=False, **factory)
-        dt_proj = nn.Linear(self.dt_rank, inner, bias=True, **factory)
+        x_proj = Linear(inner, self.dt_rank + 2 * self.d_state, bias=False, **factory)
+        dt_proj = Linear(self.dt_rank, inner, bias=True, **factory)
         # The recurrence multiplies these hundreds of times over: they stay in full precision in a half-precision model.
         full: dict[str, Any] = {"device": device, "dtype": checks.compute_dtype(dtype or torch.get_default_dtype())}
         A_log = nn.Parameter(torch.empty(inner, self.d_state, **full))
@@ -128,7 +129,7 @@ class MambaBlock(nn.Module):
         dt, B, C = x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return selective_scan(
             x,
-            F.linear(dt, dt_proj.weight).transpose(1, 2),
+            linear(dt, dt_proj.weight).transpose(1, 2),
             -torch.exp(A_log.to(checks.compute_dtype(A_log.dtype))),
             B.transpose(1, 2),
             C.transpose(1, 2),
@@ -253,7 +254,7 @@ class Mamba(MambaBlock):
         conv1d, x_proj, dt_proj, A_log, D = self._direction("")
         x = causal_conv1d_update(x, conv_state, conv1d.weight.squeeze(1), conv1d.bias, "silu", backend=self.backend)
         dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt, A = F.linear(dt, dt_proj.weight), -torch.exp(A_log.to(checks.compute_dtype(A_log.dtype)))
+        dt, A = linear(dt, dt_proj.weight), -torch.exp(A_log.to(checks.compute_dtype(A_log.dtype)))
         y = selective_state_update(
             ssm_state, x, dt, A, B, C, D, z, dt_proj.bias, dt_softplus=True, backend=self.backend
         )
