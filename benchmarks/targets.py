@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from . import causal_conv1d, end_to_end, rows, selective_scan, sinkhorn_hadamard
+from . import end_to_end, rows, selective_scan, sinkhorn_hadamard
 
 Group = dict[str, dict]
 GPU = "no kernel has run on a GPU yet"
@@ -64,7 +64,6 @@ def tenfold_or_near_the_floor(group: Group) -> float | None:
 
 SINKHORN = [str(case) for case in sinkhorn_hadamard.CASES]
 SCAN = [str(case) for case in selective_scan.CASES]
-CONV = [str(case) for case in causal_conv1d.CASES]
 TORCH = slower("torch eager", "torch.compile of one iteration")
 LOOPS = slower("transformers' slow path", "materialised loop, unbind")
 CALL = "the call from Python outlasts the kernel"

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import parrot
 from parrot.commands import bench, convert, corpora, demo, features, info, predict, reproduce, serve, train
 from parrot.workers import launched
 
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="parrot", description=DESCRIPTION, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"parrot-kernels {parrot.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .modules import BiMamba, Mamba, ParallelBranchFusion, SinkhornDivergence, SinkhornHadamard
 from .native import set_workspace_limit
 from .ops.causal_conv1d import causal_conv1d
@@ -34,3 +36,11 @@ __all__ = [
     "sinkhorn_plan",
     "sinkhorn_transport",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("parrot-kernels")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,8 +70,14 @@ def main() -> int:
     for name, value in facts():
         print(f"  {name:<{width}}  {value}")
     print("\nWhat serves each op (float32):\n")
-    for op, backend, status in backends.report():
-        print(f"  {op:<{max(map(len, backends.IMPLEMENTED))}}  {backend:<6}  {status}")
+    states: dict[tuple[str, str], list[str]] = {}
+    for op, backend, state in backends.report():
+        states.setdefault((backend, state), []).append(op)
+    for backend in backends.NAMES:
+        for (named, state), ops in states.items():
+            if named == backend:
+                every = "every op" if len(ops) == len(backends.IMPLEMENTED) else ", ".join(ops)
+                print(f"  {backend:<6}  {every}: {state}")
     print()
     for op in backends.IMPLEMENTED:
         for device in ("cpu", "cuda"):

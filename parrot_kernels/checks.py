@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -96,6 +97,14 @@ def choice(op: str, argument: str, value: object, options: Sequence[object]) -> 
     """Check that ``value`` is one of ``options``."""
     if value not in options:
         raise error(op, argument, "one of " + ", ".join(repr(o) for o in options), repr(value))
+
+
+def positive(op: str, argument: str, value: object, wanted: str = "a positive number") -> None:
+    """Check that ``value`` is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise error(op, argument, wanted, repr(value), kind=TypeError)
+    if not 0 < value < math.inf:
+        raise error(op, argument, wanted, value)
 
 
 def fits_int32(op: str, argument: str, value: Tensor) -> None:

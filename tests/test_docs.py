@@ -14,19 +14,25 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
+    "README.md",
     "docs/index.md",
     "docs/troubleshooting.md",
     *(f"docs/guides/{p.name}" for p in (ROOT / "docs" / "guides").glob("*.md")),
 ]
-NEEDS = {"docs/guides/transformers.md": "transformers", "docs/troubleshooting.md": "ot"}
+ON_THE_DEMO_CORPUS = ["docs/encoders.md", "docs/corpora.md", "docs/scale.md"]
+NEEDS = {
+    "README.md": "transformers",
+    "docs/guides/transformers.md": "transformers",
+    "docs/troubleshooting.md": "ot",
+    **dict.fromkeys(ON_THE_DEMO_CORPUS, "transformers"),
+}
 
 
 def examples(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", sorted(PAGES))
-def test_examples_run(page):
+def run_examples(page: str) -> None:
     """All blocks of a page, one after the other, in one namespace."""
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])
@@ -38,6 +44,29 @@ def test_examples_run(page):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_examples_run(page):
+    run_examples(page)
+
+
+@pytest.fixture(scope="module")
+def demo_corpus(tmp_path_factory):
+    """The folder in which `parrot demo` was begun."""
+    pytest.importorskip("parselmouth")
+    from parrot.corpora import demo
+
+    folder = tmp_path_factory.mktemp("docs")
+    demo.synthesise(folder / "runs/demo/corpus", voices=5, sentences=1, processes=1, progress=False)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ON_THE_DEMO_CORPUS)
+def test_examples_run_on_the_demo_corpus(page, demo_corpus, monkeypatch):
+    monkeypatch.chdir(demo_corpus)
+    run_examples(page)
 
 
 def test_the_site_builds_strictly(tmp_path):

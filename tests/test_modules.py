@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close
 
-from parrot_kernels.modules import BiMamba, Mamba, ParallelBranchFusion, SinkhornHadamard
+from parrot_kernels.modules import BiMamba, Mamba, ParallelBranchFusion, SinkhornDivergence, SinkhornHadamard
 from parrot_kernels.ops.sinkhorn_hadamard import sinkhorn_hadamard
 
 # --- Mamba
@@ -306,6 +306,17 @@ def test_sinkhorn_hadamard_takes_an_option_per_call():
 
 
 # --- ParallelBranchFusion
+
+
+@pytest.mark.parametrize("module", [SinkhornHadamard, SinkhornDivergence, ParallelBranchFusion])
+def test_a_wrong_option_is_refused_at_once(module):
+    with pytest.raises(ValueError, match="`n_iters` must be at least 1; got 0"):
+        module(n_iters=0)
+    with pytest.raises(ValueError, match="`backend` must be one of None, 'cpu'"):
+        module(backend="c++")
+    option = "blur" if module is SinkhornDivergence else "eps"
+    with pytest.raises(ValueError, match=f"`{option}` must be a positive number; got -1"):
+        module(**{option: -1})
 
 
 def test_fused_row_of_parrot():

@@ -354,6 +354,10 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert "table2 needs two, at least one of attention" in capsys.readouterr().err
     assert main([*start, "crema-d", "--encoders", "ssam-demo", "hubert-demo"]) == 2
     assert "--corpus wants NAME:DIR" in capsys.readouterr().err
+    assert main([*start, "crema-d:", "--encoders", "ssam-demo", "hubert-demo"]) == 2
+    assert "--corpus wants NAME:DIR" in capsys.readouterr().err
+    assert main([*start, "crema-d", "/nowhere", "--encoders", "ssam-demo", "hubert-demo"]) == 2
+    assert "corpus 'crema-d' in /nowhere" in capsys.readouterr().err
     assert main([*start, "demo:/nowhere", "--encoders", "hubert-demo", "hubert-demo"]) == 2
     assert "two encoders are called 'hubert'. Name one of them: --encoders NAME=SPEC" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

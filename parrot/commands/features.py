@@ -22,7 +22,13 @@ def add_parser(commands: Subparsers) -> None:
     parser = new_command(commands, "features", run, "embed a corpus and keep the embeddings", DESCRIPTION, EXAMPLES)
     corpus_option(parser)
     parser.add_argument(
-        "--encoder", required=True, nargs="+", metavar="SPEC", help="see `parrot info` for what there is"
+        "--encoder",
+        "--encoders",
+        dest="encoder",
+        required=True,
+        nargs="+",
+        metavar="SPEC",
+        help="see `parrot info` for what there is",
     )
     cache_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")

@@ -40,6 +40,19 @@ def corpus_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def named_corpora(values: Sequence[str]) -> list[tuple[str, str]]:
+    """(NAME, DIR) of each corpus in ``NAME:DIR ...`` or ``NAME DIR ...``."""
+    rest, found = list(values), []
+    while rest:
+        name, colon, folder = rest.pop(0).partition(":")
+        if not colon and rest:
+            folder = rest.pop(0)
+        if not folder:
+            raise ValueError(f"--corpus wants NAME:DIR, such as crema-d:data/CREMA-D; got {name + colon!r}.")
+        found.append((name, folder))
+    return found
+
+
 def cache_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",

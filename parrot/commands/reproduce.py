@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Subparsers, cache_options, extraction, load_corpus, load_encoders, new_command
+from .options import Subparsers, cache_options, extraction, load_corpus, load_encoders, named_corpora, new_command
 
 if TYPE_CHECKING:
     from parrot.features import Extraction
@@ -39,7 +39,11 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument("table", choices=("table1", "table2"), help="which table")
     parser.add_argument(
-        "--corpus", required=True, nargs="+", metavar="NAME:DIR", help="corpora that `parrot info` lists, and where"
+        "--corpus",
+        required=True,
+        nargs="+",
+        metavar="NAME:DIR",
+        help="corpora that `parrot info` lists, and where; or NAME DIR ...",
     )
     parser.add_argument(
         "--encoders", required=True, nargs="+", metavar="[NAME=]SPEC", help="see `parrot info` for what there is"
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     encoders = load_encoders([spec for _, spec in named], args.download, args.device)
     streams = _streams(named, encoders)
     reproduce.rows_of(args.table, streams)  # says at once if there is none
-    corpora = [_corpus(argument) for argument in args.corpus]
+    corpora = [load_corpus(named) for named in named_corpora(args.corpus)]
     data = [_data(corpus, streams, encoders, args.cache, extraction(args)) for corpus in corpora]
     result = reproduce.run(
         args.table, data, streams, args.output / "results",
@@ -104,13 +108,6 @@ def _streams(named: Sequence[tuple[str | None, str]], encoders: Sequence) -> lis
         known = published.ENCODERS.get(name)
         streams.append(Stream(name, known.mamba if known else spec.startswith("ssam"), fact))
     return streams
-
-
-def _corpus(argument: str):
-    name, colon, folder = argument.partition(":")
-    if not colon:
-        raise ValueError(f"--corpus wants NAME:DIR, such as crema-d:data/CREMA-D; got {argument!r}.")
-    return load_corpus((name, folder))
 
 
 def _data(corpus, streams: Sequence[Stream], encoders: Sequence, cache: Path, how: Extraction) -> CorpusData:

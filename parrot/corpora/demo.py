@@ -156,7 +156,7 @@ class _DemoReader(Reader):
     note = "synthetic speech: what comes out shows that everything works, no more"
 
     def scan(self, root: Path) -> tuple[list[Utterance], list[Problem]]:
-        advice = "make it with parrot.corpora.demo.synthesise"
+        advice = "make it with `parrot demo`, or parrot.corpora.demo.synthesise"
         try:
             recipe = json.loads((root / RECIPE_FILE).read_text())
             wanted = math.prod(len(recipe[key]) for key in ("voices", "sentences", "emotions", "levels"))

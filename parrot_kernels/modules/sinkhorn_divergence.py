@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..ops.sinkhorn_divergence import sinkhorn_divergence
+from ..ops import sinkhorn_options
+from ..ops.sinkhorn_divergence import check_options, sinkhorn_divergence
 
 
 class SinkhornDivergence(nn.Module):
@@ -27,6 +28,8 @@ class SinkhornDivergence(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_options(p, blur, reach)
+        sinkhorn_options.check(n_iters=n_iters, tol=tol, backend=backend)
         self.options: dict[str, Any] = {
             "p": p,
             "blur": blur,

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import checks
+from ..ops import sinkhorn_options
 from ..ops.sinkhorn_hadamard import SinkhornHadamardOutput, sinkhorn_hadamard
 
 
@@ -42,6 +44,8 @@ class SinkhornHadamard(nn.Module):
             "return_plan": return_plan,
             "return_hadamard": return_hadamard,
         }
+        checks.choice("SinkhornHadamard", "cost", cost, sinkhorn_options.COSTS)
+        sinkhorn_options.check(**self.options)
 
     def forward(self, x: Tensor, y: Tensor, **overrides: Any) -> SinkhornHadamardOutput:
         """Solve for x (B, N, D) and y (B, M, D), or one problem (N, D) and (M, D).

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from . import eager, sinkhorn_kernels
+from .. import checks
+from . import eager, sinkhorn_kernels, sinkhorn_options
 from . import sinkhorn_hadamard as sinkhorn
+from .sinkhorn_options import COSTS, Numbers
 
 OP = "parallel_branch_fusion"
 PARTS = ("hadamard", "x_to_y", "y", "y_to_x", "x")
@@ -41,7 +42,7 @@ def parallel_branch_fusion(
 
     Args:
         x, y: (B, N, D), or (N, D) for one problem; fp32, fp64, fp16 or bf16, any strides.
-        parts: which parts, each once and in this order, of "hadamard" (x * y), "x_to_y", "y", "y_to_x" and "x".
+        parts: the parts of the row, in its order: "hadamard" (x * y), "x_to_y", "y", "y_to_x", "x".
         cost, cost_scale, eps, n_iters, tol, reach, gradient, backend: as of `sinkhorn_hadamard`.
 
     Returns:
@@ -56,15 +57,15 @@ def parallel_branch_fusion(
     """
     for part in parts if parts else [None]:
         checks.choice(OP, "parts", part, PARTS)
-    checks.choice(OP, "cost", cost, sinkhorn.COSTS)
-    checks.choice(OP, "gradient", gradient, sinkhorn.GRADIENTS)
-    checks.choice(OP, "backend", backend, (None, *backends.NAMES))
+    checks.choice(OP, "cost", cost, COSTS)
     single = isinstance(x, Tensor) and x.dim() == 2
     sinkhorn.check_tensors(single, x, y, eps=eps)
     if x.shape != y.shape:
         raise checks.error(OP, "y", f"of x's shape {tuple(x.shape)}", tuple(y.shape))
-    rho_x, rho_y = sinkhorn.find_rho(reach, 2 if cost == "sqeuclidean" else 1)
-    numbers = sinkhorn.Numbers.pack(n_iters, cost_scale, tol, rho_x, rho_y, False, False)
+    numbers = sinkhorn_options.check(
+        cost=cost, cost_scale=cost_scale, eps=eps, n_iters=n_iters, tol=tol, reach=reach, gradient=gradient,
+        backend=backend, return_hadamard=False,
+    )  # fmt: skip
     if single:
         x, y = x.unsqueeze(0), y.unsqueeze(0)
     eps = sinkhorn.eps_per_problem(eps, x)
@@ -82,14 +83,14 @@ def _slices(row: Tensor, parts: Sequence[str]) -> dict[str, Tensor]:
 
 def _allocate(x, y, eps, gradient, numbers, parts) -> tuple[Tensor | None, ...]:
     """The fused row and what its backward needs: f, g, scale, iterations and the histories."""
-    out = sinkhorn.allocate(x, y, eps, gradient, sinkhorn.Numbers.unpack(numbers))
+    out = sinkhorn.allocate(x, y, eps, gradient, Numbers.unpack(numbers))
     row = x.new_empty(*x.shape[:2], len(parts) * x.shape[2])
     return row, out.f, out.g, out.scale, out.iterations, out.f_history, out.g_history
 
 
 def _compute_forward(x, y, eps, cost, gradient, backend, numbers, parts):
     sinkhorn.check_values(x, y, None, None, None, None, eps)
-    options = sinkhorn.Numbers.unpack(numbers)
+    options = Numbers.unpack(numbers)
     out = sinkhorn.allocate(x, y, eps, gradient, options)
     row = x.new_empty(*x.shape[:2], len(parts) * x.shape[2])
     results = (row, out.f, out.g, out.scale, out.iterations, out.f_history, out.g_history)
@@ -162,7 +163,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_row, *_):
     _, gradient, _, numbers, _ = ctx.options
-    if not sinkhorn.Numbers.unpack(numbers).keep:
+    if not Numbers.unpack(numbers).keep:
         raise RuntimeError(f"{OP}: the op was called without keeping what its backward needs.")
     if grad_row is None:
         return (None,) * 8

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -74,10 +72,7 @@ def sinkhorn_divergence(
     Raises:
         ValueError, TypeError: p, blur or reach; everything else as sinkhorn_hadamard.
     """
-    checks.choice(OP, "p", p, (1, 2))
-    _check_positive("blur", blur)
-    if reach is not None:
-        _check_positive("reach", reach)
+    check_options(p, blur, reach)
     eps, rho = float(blur) ** p, None if reach is None else float(reach) ** p
 
     def entropic_cost(x, y, a, b, x_lengths, y_lengths) -> tuple[Tensor, Tensor]:
@@ -116,11 +111,11 @@ def sinkhorn_divergence(
     return divergence.masked_fill(empty, 0)
 
 
-def _check_positive(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise checks.error(OP, argument, "a positive number", repr(value), kind=TypeError)
-    if not 0 < value < math.inf:
-        raise checks.error(OP, argument, "a positive number", value)
+def check_options(p: int, blur: float, reach: float | None) -> None:
+    checks.choice(OP, "p", p, (1, 2))
+    checks.positive(OP, "blur", blur)
+    if reach is not None:
+        checks.positive(OP, "reach", reach)
 
 
 def _dual_terms(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,12 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from . import eager
+from .. import checks
+from . import eager, sinkhorn_options
 from .sinkhorn_kernels import KERNELS, OP, Kernels, choose_backend
-
-COSTS = ("euclidean", "sqeuclidean", "cosine")
-GRADIENTS = ("unrolled", "implicit", "detached")
+from .sinkhorn_options import COSTS, Numbers
 
 
 class SinkhornHadamardOutput(NamedTuple):
@@ -143,11 +140,11 @@ def sinkhorn_hadamard(
     else:
         kind, cost_matrix = "matrix", cost
         checks.tensor(OP, "cost", cost_matrix)
-    checks.choice(OP, "gradient", gradient, GRADIENTS)
-    checks.choice(OP, "backend", backend, (None, *backends.NAMES))
     check_tensors(single, x, y, a, b, x_lengths, y_lengths, cost_matrix, eps)
-    rho_x, rho_y = find_rho(reach, 2 if kind == "sqeuclidean" else 1)
-    numbers = Numbers.pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan, return_hadamard)
+    numbers = sinkhorn_options.check(
+        cost=kind, cost_scale=cost_scale, eps=eps, n_iters=n_iters, tol=tol, reach=reach, gradient=gradient,
+        backend=backend, return_plan=return_plan, return_hadamard=return_hadamard,
+    )  # fmt: skip
 
     dtype = checks.compute_dtype(x.dtype)
     a, b, cost_matrix = (checks.cast(t, dtype) for t in (a, b, cost_matrix))
@@ -181,7 +178,6 @@ def eps_per_problem(eps: float | Tensor, x: Tensor) -> Tensor:
     dtype = checks.compute_dtype(x.dtype)
     if isinstance(eps, Tensor):
         return checks.cast(eps, dtype).expand(x.shape[0])
-    _check_number("eps", eps)
     return x.new_full((x.shape[0],), eps, dtype=dtype)
 
 
@@ -203,68 +199,6 @@ def check_tensors(single, x, y, a=None, b=None, x_lengths=None, y_lengths=None, 
             checks.tensor(OP, name, value, shape=shape, like=x, dtypes=dtypes, sizes=sizes)
     if isinstance(eps, Tensor):
         checks.tensor(OP, "eps", eps, shape=batch if eps.dim() else (), like=x, dtypes=checks.FLOATS, sizes=sizes)
-
-
-def _check_number(argument: str, value: object, wanted: str = "a positive number") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise checks.error(OP, argument, wanted, repr(value), kind=TypeError)
-    if not 0 < value < math.inf:
-        raise checks.error(OP, argument, wanted, value)
-
-
-def find_rho(reach: float | Sequence[float | None] | None, power: int) -> tuple[float | None, float | None]:
-    """The weight of each side's Kullback-Leibler divergence, None for balanced."""
-    pair = tuple(reach) if isinstance(reach, tuple | list) else (reach, reach)
-    wanted = "None, a positive number, or a pair (reach_x, reach_y) of these"
-    if len(pair) != 2:
-        raise checks.error(OP, "reach", wanted, reach)
-    for side in pair:
-        if side is not None:
-            _check_number("reach", side, wanted)
-    x, y = (None if side is None else side**power for side in pair)
-    return x, y
-
-
-class Numbers(NamedTuple):
-    """The numbers among the options; they pass through the op as a list of floats in which -1 stands for None.
-
-    One list, because the price of calling a differentiable custom op grows with the square of its arguments.
-    """
-
-    n_iters: int
-    cost_scale: float | None
-    tol: float | None
-    rho_x: float | None
-    rho_y: float | None
-    return_plan: bool
-    return_hadamard: bool
-    keep: bool  # whether a backward may follow
-
-    @staticmethod
-    def pack(n_iters, cost_scale, tol, rho_x, rho_y, return_plan, return_hadamard) -> list[float]:
-        if isinstance(n_iters, bool) or not isinstance(n_iters, int):
-            raise checks.error(OP, "n_iters", "an int", repr(n_iters), kind=TypeError)
-        if n_iters < 1:
-            raise checks.error(OP, "n_iters", "at least 1", n_iters)
-        if isinstance(cost_scale, str):
-            checks.choice(OP, "cost_scale", cost_scale, ("max",))
-            cost_scale = None
-        else:
-            _check_number("cost_scale", cost_scale, 'a positive number or "max"')
-        if tol is not None and tol != 0:
-            _check_number("tol", tol, "None or a number that is not negative")
-        options = (n_iters, cost_scale, tol, rho_x, rho_y, bool(return_plan), bool(return_hadamard), False)
-        return [-1.0 if value is None else float(value) for value in options]
-
-    @staticmethod
-    def unpack(numbers: Sequence[float]) -> Numbers:
-        return _unpack(tuple(numbers))
-
-
-@functools.lru_cache(maxsize=256)
-def _unpack(numbers: tuple[float, ...]) -> Numbers:
-    cost_scale, tol, rho_x, rho_y = (None if value == -1.0 else value for value in numbers[1:5])
-    return Numbers(int(numbers[0]), cost_scale, tol, rho_x, rho_y, *map(bool, numbers[5:]))
 
 
 class _Forward(NamedTuple):
