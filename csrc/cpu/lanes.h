@@ -291,7 +291,7 @@ class Prefetch {
         lines_ += p.rows * ((p.bytes + 126) / 64);
     }
     int lines() const { return lines_; }
-    void next(int lines) {
+    PARROT_INLINE void next(int lines) {
         for (; lines > 0 && plane_ < count_; --lines) {
             const Plane& p = planes_[plane_];
             __builtin_prefetch(p.address + row_ * p.stride + (byte_ < p.bytes ? byte_ : p.bytes - 1), 0, 2);

@@ -37,7 +37,8 @@ struct Channels {
 
 // NB states: forward through the chunk from `state` keeping decays and states, then back.
 template <typename F, int NB, bool B_constant, bool C_constant>
-void walk(const Chunk<F>& chunk, const F* state, const Channels<F>& keep, F* decays, F* states) {
+void walk(const Chunk<F>& chunk, const F* state, const Channels<F>& keep, F* decays, F* states, Prefetch& prefetch,
+          int lines) {
     constexpr int W = kLanes<F>;
     Vec<F> A2[NB], h[NB];
     PARROT_UNROLL
@@ -50,6 +51,7 @@ void walk(const Chunk<F>& chunk, const F* state, const Channels<F>& keep, F* dec
         const Vec<F> dt = load(chunk.dt + s * W), input = load(chunk.input + s * W);
         const bool starts = chunk.starts && chunk.starts[s];
         Vec<F> y = load(chunk.y + s * W);
+        prefetch.next(lines);
         F* const decay_row = decays + s * NB * W;
         F* const state_row = states + (s + 1) * NB * W;
         if (starts) {
@@ -106,7 +108,7 @@ void walk_all(Chunk<F> chunk, const F* state, Channels<F> keep, F* decays, F* st
     constexpr int W = kLanes<F>;
     int64_t left = chunk.states;
     if (left == 0) return;
-    const int lines = prefetch.lines() / static_cast<int>((left + kStates - 1) / kStates) + 1;
+    const int lines = prefetch.lines() / (static_cast<int>((left + kStates - 1) / kStates) * chunk.steps) + 1;
     auto advance = [&](int count) {
         left -= count;
         chunk.B += count * (B_constant ? W : 1), chunk.C += count * (C_constant ? W : 1);
@@ -114,10 +116,9 @@ void walk_all(Chunk<F> chunk, const F* state, Channels<F> keep, F* decays, F* st
         keep.A2 += count * W, keep.adjoint += count * W, keep.dA += count * W, state += count * W;
     };
     for (; left >= kStates; advance(kStates)) {
-        prefetch.next(lines);
-        walk<F, kStates, B_constant, C_constant>(chunk, state, keep, decays, states);
+        walk<F, kStates, B_constant, C_constant>(chunk, state, keep, decays, states, prefetch, lines);
     }
-    for (; left > 0; advance(1)) walk<F, 1, B_constant, C_constant>(chunk, state, keep, decays, states);
+    for (; left > 0; advance(1)) walk<F, 1, B_constant, C_constant>(chunk, state, keep, decays, states, prefetch, lines);
 }
 
 // Sums over the lanes of `count` rows.

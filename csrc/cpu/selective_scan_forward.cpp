@@ -25,7 +25,7 @@ struct Tile {
 
 // NB states, from `state` on, walk a tile.
 template <typename F, int NB, bool B_constant, bool C_constant>
-void walk(const Tile<F>& tile, const F* A2, F* state) {
+void walk(const Tile<F>& tile, const F* A2, F* state, Prefetch& prefetch, int lines) {
     constexpr int W = kLanes<F>;
     Vec<F> h[NB], a[NB];
     PARROT_UNROLL
@@ -36,6 +36,7 @@ void walk(const Tile<F>& tile, const F* A2, F* state) {
             PARROT_UNROLL
             for (int n = 0; n < NB; ++n) h[n] = Vec<F>{};
         }
+        prefetch.next(lines);
         const Vec<F> dt = load(tile.dt + s * W), input = load(tile.input + s * W);
         Vec<F> y = load(tile.y + s * W);
         PARROT_UNROLL
@@ -58,10 +59,9 @@ void walk_all(Tile<F> tile, const F* A2, F* state, int64_t states, Prefetch& pre
         tile.B += count * (B_constant ? W : 1), tile.C += count * (C_constant ? W : 1);
     };
     for (; n + kStates <= states; advance(kStates)) {
-        prefetch.next(lines);
-        walk<F, kStates, B_constant, C_constant>(tile, A2 + n * W, state + n * W);
+        walk<F, kStates, B_constant, C_constant>(tile, A2 + n * W, state + n * W, prefetch, lines);
     }
-    for (; n < states; advance(1)) walk<F, 1, B_constant, C_constant>(tile, A2 + n * W, state + n * W);
+    for (; n < states; advance(1)) walk<F, 1, B_constant, C_constant>(tile, A2 + n * W, state + n * W, prefetch, lines);
 }
 
 template <typename T, typename F>
@@ -91,7 +91,7 @@ void scan_block(const SelectiveScanForward& p, const ScanShape& shape, const Row
     };
 
     const int64_t chunk = p.checkpoints ? p.chunk_size : shape.length + 1;
-    const int passes = kTile / kSegment * static_cast<int>(N / kStates + 1);  // or one more; never 0
+    const int visits = kTile * static_cast<int>(N / kStates + 1);  // of steps, to prefetch in; roughly, never 0
     for (int64_t step = 0; step < sequence.length; step += kTile) {
         const int64_t left = sequence.length - step;
         const int steps = static_cast<int>(left < kTile ? left : kTile);
@@ -129,7 +129,7 @@ void scan_block(const SelectiveScanForward& p, const ScanShape& shape, const Row
                                   direction * C.stride(),
                                   any ? starts + s : nullptr,
                                   y + s * W};
-            const int lines = prefetch.lines() / passes + 1;
+            const int lines = prefetch.lines() / visits + 1;
             if (B.constant())
                 C.constant() ? walk_all<F, true, true>(segment, A2, state, N, prefetch, lines)
                              : walk_all<F, true, false>(segment, A2, state, N, prefetch, lines);
