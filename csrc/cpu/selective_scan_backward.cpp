@@ -13,7 +13,7 @@ namespace parrot {
 namespace PARROT_ISA {
 namespace {
 
-constexpr int kStates = 4;              // states that walk a chunk together
+constexpr int kStates = kVectorBytes == 64 ? 8 : 4;  // states that walk a chunk together
 constexpr int64_t kTasksPerGroup = 16;  // at most: partial sums of dB and dC
 
 // What the states of one block need in one chunk; arrays are [step][lane].
@@ -35,9 +35,10 @@ struct Channels {
     F *A2, *adjoint, *dA;  // adjoint: decay times the adjoint state of the step after
 };
 
-// NB states: forward through the chunk from `state` keeping decays and states, then back.
+// NB states: forward through the chunk from `state` keeping decays and states, then back. (The chunk by value: what is
+// stored through its pointers can't change it.)
 template <typename F, int NB, bool B_constant, bool C_constant>
-void walk(const Chunk<F>& chunk, const F* state, const Channels<F>& keep, F* decays, F* states, Prefetch& prefetch,
+void walk(const Chunk<F> chunk, const F* state, const Channels<F> keep, F* decays, F* states, Prefetch& prefetch,
           int lines) {
     constexpr int W = kLanes<F>;
     Vec<F> A2[NB], h[NB];
@@ -83,13 +84,13 @@ void walk(const Chunk<F>& chunk, const F* state, const Channels<F>& keep, F* dec
         F* const dC = C_constant ? chunk.dC : chunk.dC + s * chunk.states * W;
         PARROT_UNROLL
         for (int n = 0; n < NB; ++n) {
-            const Vec<F> before = load(state_row + n * W), after = load(state_row + (NB + n) * W);
             const Vec<F> g = dy * entry<F, C_constant>(C, n) + adjoint[n];
-            store(dC + n * W, load(dC + n * W) + after * dy);
+            store(dC + n * W, load(dC + n * W) + h[n] * dy);  // h: the state after the step
             store(dB + n * W, load(dB + n * W) + g * input);
             dinput += g * entry<F, B_constant>(B, n);
             adjoint[n] = load(decay_row + n * W) * g;
-            const Vec<F> e = adjoint[n] * before;
+            h[n] = load(state_row + n * W);
+            const Vec<F> e = adjoint[n] * h[n];
             ddt += e * A2[n];
             dA[n] += e * dt;
         }
