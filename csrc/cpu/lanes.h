@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #endif
 
+#include "parallel.h"
 #include "simd.h"
 #include "tensor_rows.h"
 
@@ -49,13 +50,20 @@ PARROT_INLINE Vec<double> log1p_unit(Vec<double> w) { return log1p<double>(w); }
 template <typename F>
 constexpr F kLog2e = F(1.4426950408889634);
 
-// log(1 + exp(x)); the identity above torch's threshold.
+// log(1 + exp(x)), the identity above torch's threshold, and its derivative.
+template <typename F>
+PARROT_INLINE Vec<F> softplus(Vec<F> x, Vec<F>& slope) {
+    const Vec<F> magnitude = x < 0 ? -x : x, one = broadcast(F(1));
+    const Vec<F> positive = x > 0 ? x : Vec<F>{};
+    const Vec<F> w = exp2(-magnitude * kLog2e<F>);
+    const Vec<F> y = positive + log1p_unit(w);
+    slope = x > F(20) ? one : (x > 0 ? one : w) / (F(1) + w);
+    return x > F(20) ? x : y;
+}
 template <typename F>
 PARROT_INLINE Vec<F> softplus(Vec<F> x) {
-    const Vec<F> magnitude = x < 0 ? -x : x;
-    const Vec<F> positive = x > 0 ? x : Vec<F>{};
-    const Vec<F> y = positive + log1p_unit(exp2(-magnitude * kLog2e<F>));
-    return x > F(20) ? x : y;
+    Vec<F> slope;
+    return softplus<F>(x, slope);
 }
 template <typename F>
 PARROT_INLINE Vec<F> sigmoid(Vec<F> x) {
@@ -78,22 +86,52 @@ class FlushDenormals {
 #endif
 };
 
-// Uninitialised memory aligned to a cache line. (std::vector's weak symbols would be shared by the instruction sets.)
+// Memory of the calling thread for Buffers, the last one taken given back first. It outlives them: fresh pages cost
+// more than the work done in them.
+class ScratchStack {
+  public:
+    char* push(size_t bytes) {
+        if (held_ == 0) memory_ = arena_.reserve(wanted_ > bytes ? wanted_ : bytes <= Arena::kKeep ? bytes : 1);
+        const size_t start = held_;
+        held_ += bytes;
+        if (held_ <= Arena::kKeep && held_ > wanted_) wanted_ = held_;  // for the next time
+        if (memory_ && held_ <= arena_.capacity()) return memory_ + start;
+        return static_cast<char*>(std::aligned_alloc(64, bytes));
+    }
+    void pop(char* data, size_t bytes) {
+        const bool on_stack = memory_ && held_ <= arena_.capacity();
+        held_ -= bytes;
+        if (!on_stack) std::free(data);
+    }
+
+  private:
+    Arena arena_;
+    char* memory_ = nullptr;
+    size_t held_ = 0, wanted_ = 1;
+};
+
+inline ScratchStack& scratch_stack() {
+    static thread_local ScratchStack stack;
+    return stack;
+}
+
+// Uninitialised memory aligned to a cache line, of the thread that makes it; others may use it. (std::vector's weak
+// symbols would be shared by the instruction sets.)
 template <typename F>
 class Buffer {
   public:
-    explicit Buffer(int64_t size) {
-        const size_t bytes = (static_cast<size_t>(size) * sizeof(F) + 127) / 64 * 64;
-        data_ = static_cast<F*>(std::aligned_alloc(64, bytes));
+    explicit Buffer(int64_t size) : bytes_((static_cast<size_t>(size) * sizeof(F) + 127) / 64 * 64) {
+        data_ = reinterpret_cast<F*>(scratch_stack().push(bytes_));
         if (!data_) throw std::bad_alloc();
     }
-    ~Buffer() { std::free(data_); }
+    ~Buffer() { scratch_stack().pop(reinterpret_cast<char*>(data_), bytes_); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     F* get() const { return data_; }
     F& operator[](int64_t i) const { return data_[i]; }
 
   private:
+    size_t bytes_;
     F* data_;
 };
 

@@ -119,6 +119,8 @@ class Arena {
         return memory_;
     }
 
+    size_t capacity() const { return capacity_; }
+
     void trim() {
         if (capacity_ <= kKeep) return;
         std::free(memory_);

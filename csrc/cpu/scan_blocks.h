@@ -137,17 +137,6 @@ PARROT_INLINE Vec<F> entry(const F* rows, int n) {
     return constant ? load(rows + n * kLanes<F>) : broadcast(rows[n]);
 }
 
-// delta + bias, before and after softplus; either may be null.
-template <typename F>
-PARROT_INLINE void finish_delta(F* raw, F* dt, int steps, Vec<F> bias, bool use_softplus) {
-    constexpr int W = kLanes<F>;
-    for (int s = 0; s < steps; ++s) {
-        const Vec<F> x = load(raw + s * W) + bias;
-        store(raw + s * W, x);
-        store(dt + s * W, use_softplus ? softplus<F>(x) : x);
-    }
-}
-
 template <typename F>
 inline Vec<F> load_lanes(const TensorView& vector, const Lanes<F>& lanes) {
     F values[kLanes<F>] = {};

@@ -14,7 +14,7 @@ namespace PARROT_ISA {
 namespace {
 
 constexpr int kStates = kVectorBytes == 64 ? 8 : 4;  // states that walk a chunk together
-constexpr int64_t kTasksPerGroup = 16;  // at most: partial sums of dB and dC
+constexpr int64_t kTasksPerGroup = 16;               // at most: partial sums of dB and dC
 
 // What the states of one block need in one chunk; arrays are [step][lane].
 template <typename F>
@@ -119,7 +119,8 @@ void walk_all(Chunk<F> chunk, const F* state, Channels<F> keep, F* decays, F* st
     for (; left >= kStates; advance(kStates)) {
         walk<F, kStates, B_constant, C_constant>(chunk, state, keep, decays, states, prefetch, lines);
     }
-    for (; left > 0; advance(1)) walk<F, 1, B_constant, C_constant>(chunk, state, keep, decays, states, prefetch, lines);
+    for (; left > 0; advance(1))
+        walk<F, 1, B_constant, C_constant>(chunk, state, keep, decays, states, prefetch, lines);
 }
 
 // Sums over the lanes of `count` rows.
@@ -170,7 +171,7 @@ template <typename F>
 struct Scratch {
     Buffer<F> A2, adjoint, state;      // by block of the task; of one block
     Buffer<F> decays, states, dB, dC;  // of a chunk
-    Buffer<F> raw, dt, input, dy, u, y, dinput, ddt, dout, gate;
+    Buffer<F> delta, dt, input, dy, u, y, dinput, ddt, gate;
     Buffer<bool> starts;
 
     Scratch(const ScanShape& s, int64_t blocks, int64_t steps)
@@ -181,7 +182,7 @@ struct Scratch {
           states((steps + 1) * kStates * W),
           dB(steps * s.state * W),
           dC(steps * s.state * W),
-          raw(steps * W),
+          delta(steps * W),
           dt(steps * W),
           input(steps * W),
           dy(steps * W),
@@ -189,7 +190,6 @@ struct Scratch {
           y(steps * W),
           dinput(steps * W),
           ddt(steps * W),
-          dout(steps * W),
           gate(steps * W),
           starts(steps) {}
 
@@ -316,22 +316,29 @@ class Backward {
                              sequence.strip(view, lanes.count, step, steps));
         };
         const Vec<F> bias = load_lanes(p.delta_bias, lanes), skip = load_lanes(p.D, lanes);
-        F *const dt = scratch.dt.get(), *const raw = scratch.raw.get(), *const u = scratch.u.get();
+        F *const dt = scratch.dt.get(), *const delta = scratch.delta.get(), *const u = scratch.u.get();
         F *const input = scratch.input.get(), *const y = scratch.y.get(), *const dy = scratch.dy.get();
-        F *const dout = scratch.dout.get(), *const gate = scratch.gate.get();
-        load_steps(p.delta, raw);
-        finish_delta<F>(raw, dt, steps, bias, p.delta_softplus);
+        F* const gate = scratch.gate.get();
+        load_steps(p.delta, delta);
         load_steps(p.u, u);
         if (p.grad_out)
-            load_steps(p.grad_out, dout);
+            load_steps(p.grad_out, dy);
         else
-            clear(dout, steps * W);
+            clear(dy, steps * W);
         if (p.z) load_steps(p.z, gate);
-        for (int s = 0; s < steps * W; s += W) {
-            const Vec<F> x = load(u + s), z = p.z ? load(gate + s) : Vec<F>{};
-            store(input + s, load(dt + s) * x);
+        for (int s = 0; s < steps * W; s += W) {  // slopes take the place of delta and z
+            const Vec<F> raw = load(delta + s) + bias, x = load(u + s), dout = load(dy + s);
+            Vec<F> d = raw, slope = broadcast(F(1));
+            if (p.delta_softplus) d = softplus<F>(raw, slope);
+            store(delta + s, slope);
+            store(dt + s, d);
+            store(input + s, d * x);
             store(y + s, skip * x);
-            store(dy + s, p.z ? load(dout + s) * z * sigmoid<F>(z) : load(dout + s));
+            if (p.z) {
+                const Vec<F> z = load(gate + s), sigma = sigmoid<F>(z);
+                store(dy + s, dout * z * sigma);
+                store(gate + s, dout * (sigma * (F(1) + z * (F(1) - sigma))));
+            }
         }
         F *const dinput = scratch.dinput.get(), *const ddt = scratch.ddt.get();
         clear(dinput, steps * W);
@@ -370,24 +377,17 @@ class Backward {
         Vec<F> dD_sum{}, dbias_sum{};
         constexpr F ln2 = F(0.69314718055994530942);
         for (int s = 0; s < steps * W; s += W) {  // gradients take the place of what they are the gradients of
-            const Vec<F> x = load(u + s), slope = load(dinput + s);
-            Vec<F> d = load(ddt + s) * ln2 + slope * x;
-            if (p.delta_softplus) {
-                const Vec<F> r = load(raw + s);
-                d = r > F(20) ? d : d * sigmoid<F>(r);
-            }
+            const Vec<F> x = load(u + s), dx = load(dinput + s);
+            const Vec<F> d = (load(ddt + s) * ln2 + dx * x) * load(delta + s);
             dbias_sum += d;
             dD_sum += load(dy + s) * x;
-            store(raw + s, d);
-            store(u + s, slope * load(dt + s) + skip * load(dy + s));
-            if (p.z) {
-                const Vec<F> z = load(gate + s), sigma = sigmoid<F>(z);
-                store(gate + s, load(dout + s) * load(y + s) * sigma * (F(1) + z * (F(1) - sigma)));
-            }
+            store(delta + s, d);
+            store(u + s, dx * load(dt + s) + skip * load(dy + s));
+            if (p.z) store(gate + s, load(gate + s) * load(y + s));
         }
         store(dD, load(dD) + dD_sum);
         store(dbias, load(dbias) + dbias_sum);
-        store_steps(p.ddelta, raw);
+        store_steps(p.ddelta, delta);
         store_steps(p.du, u);
         if (p.z) store_steps(p.dz, gate);
     }

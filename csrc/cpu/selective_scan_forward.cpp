@@ -100,11 +100,11 @@ void scan_block(const SelectiveScanForward& p, const ScanShape& shape, const Row
         for (int s = 0; s < steps && sequence.ids; ++s) any |= starts[s] = sequence.starts(step + s);
 
         load_tile<T, F>(raw, p.delta.ptr<const T>() + plane(p.delta), strip(p.delta));
-        finish_delta<F>(raw, dt, steps, bias, p.delta_softplus);
         load_tile<T, F>(y, p.u.ptr<const T>() + plane(p.u), strip(p.u));
         for (int s = 0; s < steps; ++s) {
-            const Vec<F> u = load(y + s * W);
-            store(input + s * W, load(dt + s * W) * u);
+            const Vec<F> x = load(raw + s * W) + bias, u = load(y + s * W), d = p.delta_softplus ? softplus<F>(x) : x;
+            store(dt + s * W, d);
+            store(input + s * W, d * u);
             store(y + s * W, skip * u);
         }
 
