@@ -9,7 +9,6 @@ namespace PARROT_ISA {
 namespace {
 
 constexpr int kTile = 64;                            // steps at a time: what they need stays in the first cache
-constexpr int kSegment = 32;                         // steps between prefetches
 constexpr int kStates = kVectorBytes == 64 ? 8 : 4;  // states that walk a tile together, in registers
 
 // What a tile needs, steps first.
@@ -117,8 +116,7 @@ void scan_block(const SelectiveScanForward& p, const ScanShape& shape, const Row
         for (int s = 0, stop; s < steps; s = stop) {
             const int64_t now = step + s, in_chunk = now % chunk;
             if (p.checkpoints && in_chunk == 0) keep_state(now / chunk);
-            stop = s + kSegment < steps ? s + kSegment : steps;
-            if (chunk - in_chunk < stop - s) stop = s + static_cast<int>(chunk - in_chunk);
+            stop = chunk - in_chunk < steps - s ? s + static_cast<int>(chunk - in_chunk) : steps;
             const int64_t time = sequence.time(now), direction = p.reverse ? -1 : 1;
             const Tile<F> segment{stop - s,
                                   dt + s * W,
