@@ -10,11 +10,13 @@ bool channels_last(const TensorView& view) { return !view || (view.stride[1] == 
 
 template <typename T, typename F>
 void forward(const CausalConv1dForward& p) {
+    prefer_huge_pages(p.out);
     channels_last(p.x) && channels_last(p.out) ? conv_forward_by_channel<T, F>(p) : conv_forward_by_time<T, F>(p);
 }
 
 template <typename T, typename F>
 void backward(const CausalConv1dBackward& p) {
+    prefer_huge_pages(p.dx);
     const int64_t dim = p.x.size[1], width = p.weight.size[1], taps = width + 1;
     const bool by_channel = channels_last(p.x) && channels_last(p.grad_out) && channels_last(p.dx);
     // The gradients of filter and bias before they are summed: by batch entry (and tile), channel and tap.

@@ -93,6 +93,17 @@ inline void run_team(int threads, Body&& body) {
     body(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting});
 }
 
+// Asks for huge pages under a large block that is about to be written: fresh pages of 4 KiB can cost more than what is
+// computed into them.
+inline void prefer_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page = uintptr_t{2} << 20;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(data), first = (start + page - 1) / page * page;
+    const uintptr_t end = (start + bytes) / page * page;
+    if (bytes >= 2 * page && first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Scratch memory of the calling thread, kept between calls up to kKeep bytes: fresh pages cost more than the work
 // done in them. Contents are unspecified.
 class Arena {
@@ -111,9 +122,7 @@ class Arena {
             const size_t rounded = (bytes + align - 1) / align * align;
             memory_ = static_cast<char*>(std::aligned_alloc(align, rounded));
             if (!memory_) return nullptr;
-#ifdef MADV_HUGEPAGE
-            if (align == huge_page) madvise(memory_, rounded, MADV_HUGEPAGE);
-#endif
+            prefer_huge_pages(memory_, rounded);
             capacity_ = rounded;
         }
         return memory_;

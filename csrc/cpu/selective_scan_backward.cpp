@@ -208,6 +208,7 @@ class Backward {
 
     void run() {
         const int64_t B_pieces = B.pieces(), C_pieces = C.pieces();
+        for (const TensorView* view : {&p.du, &p.ddelta, &p.dz}) prefer_huge_pages(*view);
 #pragma omp parallel num_threads(p.num_threads)
         {
             const FlushDenormals flush;

@@ -157,6 +157,7 @@ void scan_block(const SelectiveScanForward& p, const ScanShape& shape, const Row
 template <typename T, typename F>
 void forward(const SelectiveScanForward& p) {
     const ScanShape shape = ScanShape::of<F>(p);
+    for (const TensorView* view : {&p.out, &p.checkpoints}) prefer_huge_pages(*view);
     const Rows<T, F> B(p.B, shape), C(p.C, shape);
     const int64_t B_pieces = B.pieces(), C_pieces = C.pieces(), size = shape.state * kLanes<F>;
 #pragma omp parallel num_threads(p.num_threads)
