@@ -66,6 +66,8 @@ class Classifier(nn.Sequential):
     """Linear, ReLU, dropout, Linear: (B, width) to logits (B, n_classes)."""
 
     def __init__(self, width: int, n_classes: int, config: ParrotConfig) -> None:
+        if n_classes < 1:
+            raise ValueError(f"Classifier: `n_classes` must be at least 1; got {n_classes}.")
         super().__init__(
             nn.Linear(width, config.hidden),
             nn.ReLU(),
@@ -139,7 +141,7 @@ class Parrot(Shareable, nn.Module):
         if len(features) != len(self.dims):
             raise ValueError(f"Parrot: wanted {len(self.dims)} feature tensors, one per encoder; got {len(features)}.")
         pooled = [_pooled("Parrot", k, x, dim) for k, (x, dim) in enumerate(zip(features, self.dims, strict=True))]
-        if len({len(x) for x in pooled}) > 1:
+        if any(x.shape[0] != pooled[0].shape[0] for x in pooled):  # len would fix the batch size under torch.export
             raise ValueError(f"Parrot: wanted the same rows from all encoders; got {[len(x) for x in pooled]} rows.")
         return [stream(x) for stream, x in zip(self.streams, pooled, strict=True)]
 
@@ -190,13 +192,14 @@ class Parrot(Shareable, nn.Module):
 
     def _with_references(self, streams: list[Tensor]) -> list[Tensor]:
         """(B, 1 + R, projection): one problem per row, the row first."""
-        if not self.reference_is_set:
+        if not torch.compiler.is_compiling() and not self.reference_is_set:
             raise RuntimeError(
                 "Parrot: there is no reference set yet. Call `set_reference` with rows of training data."
             )
         stored = self.project(*(getattr(self, f"reference_{k}") for k in range(len(self.dims))))
+        rows = streams[0].shape[0]
         return [
-            torch.cat([x[:, None], others.expand(len(x), -1, -1)], 1) for x, others in zip(streams, stored, strict=True)
+            torch.cat([x[:, None], others.expand(rows, -1, -1)], 1) for x, others in zip(streams, stored, strict=True)
         ]
 
 

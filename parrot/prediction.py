@@ -79,7 +79,7 @@ class Predictor:
         wanted = model.description["encoders"]
         specs = specs or [encoder["spec"] for encoder in wanted]
         if len(specs) != len(wanted):
-            raise ValueError(f"--encoders must be {len(wanted)}, as the model was trained on; got {len(specs)}.")
+            raise ValueError(f"--encoders wants {len(wanted)} specs, as the model was trained on; got {len(specs)}.")
         found = [registry.load(spec, download=download).to(where) for spec in specs]
         for spec, encoder, facts in zip(specs, found, wanted, strict=True):
             if encoder.fingerprint != facts["fingerprint"]:

@@ -176,7 +176,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        _fail(folder, f"{CONFIG} is missing. Name the folder that `parrot train` or `save_pretrained` wrote.")
+        _fail(folder, f"{CONFIG} is missing. Name the folder that `save_pretrained` wrote, of a run its folder model.")
     except (ValueError, OSError, RecursionError) as error:
         _fail(folder, f"{CONFIG} is damaged: {error}.")
     if not isinstance(config, dict) or "written_by" not in config or not isinstance(config.get("format"), int):

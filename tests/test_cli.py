@@ -107,7 +107,7 @@ def test_predict_answers_what_it_can_and_names_the_rest(demo, clips, tmp_path, c
 def test_predict_refuses_other_encoders(demo, clips, capsys):
     message = fails(capsys, "predict", clips[0], "--model", demo / "model", "--encoders", "hubert-demo", "ssam-demo")
     assert "the model was trained on the encoder 'ssam-demo' with fingerprint" in message
-    assert "--encoders must be 2" in fails(
+    assert "--encoders wants 2 specs" in fails(
         capsys, "predict", clips[0], "--model", demo / "model", "--encoders", "ssam-demo"
     )
 

@@ -65,6 +65,8 @@ def test_final_states_out_is_written_and_returned():
     _, final = conv.causal_conv1d_fn(x, weight, return_final_states=True, final_states_out=room)
     assert final is room
     assert torch.equal(room, x[..., -3:])
+    with pytest.raises(ValueError, match=r"`final_states_out` must be of shape \(2, 5, 3\); got \(2, 3, 5\)"):
+        conv.causal_conv1d_fn(x, weight, return_final_states=True, final_states_out=room.mT)
 
 
 def test_packed_sequences_and_padding():

@@ -99,7 +99,7 @@ def test_saving_again_keeps_a_card_and_replaces_a_model(folder):
 
 
 def test_files_other_than_ours(folder, tmp_path):
-    fails(tmp_path, "config.json is missing. Name the folder")
+    fails(tmp_path, "config.json is missing. Name the folder that `save_pretrained` wrote, of a run its folder model")
     fails(folder / CONFIG, "is no folder")
     fails(tmp_path / "nothing", "is no folder")
     (folder / CONFIG).write_text("{")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..ops import causal_conv1d as ops
 from ..ops.causal_conv1d_update import causal_conv1d_update as update
 
@@ -51,6 +52,9 @@ def causal_conv1d_fn(
         out = out.masked_fill((seq_idx < 0).unsqueeze(1), 0)
     if not return_final_states:
         return out
+    if final_states_out is not None:
+        shape = tuple(final_states.shape)
+        checks.tensor("causal_conv1d_fn", "final_states_out", final_states_out, shape=shape, like=x)
     return out, final_states if final_states_out is None else final_states_out.copy_(final_states)
 
 

@@ -32,7 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     tensors = (x, weight, bias)
     if (
-        x.dtype is torch.float32
+        not torch.compiler.is_compiling()  # first: else the size is a condition of the graph, which large inputs break
+        and x.dtype is torch.float32
         and x.device.type == "cpu"
         and x.numel() * weight.shape[0] >= WORTH_IT
         and mkl_is_slow()

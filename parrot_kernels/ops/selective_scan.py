@@ -280,11 +280,20 @@ def _kernels(u: Tensor, backend: str | None) -> Kernels:
 
 
 def _allocate(u: Tensor, A: Tensor, keep: bool, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """out, final_state and checkpoints (of no chunk when none are kept)."""
+    """out, final_state and checkpoints (b, chunks * d, n), of no chunk when none are kept.
+
+    Chunks and channels are one dimension, because a compiler has to know whether a dimension is 1: of the number of
+    chunks alone it would make a condition on the length, and compile again, or refuse to export, across 32.
+    """
     (batch, dim, length), states, dtype = u.shape, A.shape[1], checks.compute_dtype(u.dtype)
     chunks = -(-length // CHUNK_SIZE) if keep and _kernels(u, backend).checkpoints else 0
     final_state = u.new_empty(batch, dim, states, dtype=dtype)
-    return torch.empty_like(u), final_state, u.new_empty(batch, chunks, dim, states, dtype=dtype)
+    return torch.empty_like(u), final_state, u.new_empty(batch, chunks * dim, states, dtype=dtype)
+
+
+def _by_chunk(checkpoints: Tensor, u: Tensor) -> Tensor | None:
+    """(b, chunks, d, n), None if none were kept."""
+    return checkpoints.unflatten(1, (-1, u.shape[1])) if checkpoints.shape[1] else None
 
 
 def _compute_forward(
@@ -323,7 +332,7 @@ def _compute_forward(
         chunk_size=CHUNK_SIZE,
         out=out,
         final_state=final_state,
-        checkpoints=checkpoints if checkpoints.shape[1] else None,
+        checkpoints=_by_chunk(checkpoints, u),
     )
     return out, final_state, checkpoints
 
@@ -383,7 +392,7 @@ def _compute_backward(
         seq_idx=seq_idx,
         initial_state=initial_state,
         chunk_size=CHUNK_SIZE,
-        checkpoints=checkpoints if checkpoints.shape[1] else None,
+        checkpoints=_by_chunk(checkpoints, u),
         du=du,
         ddelta=ddelta,
         dA=dA,
