@@ -71,7 +71,7 @@ SHARED_ITERATION = "threads share the products, not the iteration of one problem
 SECOND_LEVEL = "the kernel matrix exceeds L1: an iteration is bound by L2"
 AT_THE_FLOOR = "at the floor: the products with the features, which every method needs, take most of the time"
 LONG = "some peers are too slow for it"
-FRESH_PAGES = "a quarter of the time goes into fresh pages for output and gradients, which glibc returns between calls"
+FRESH_PAGES = "a quarter of the time goes into fresh pages for output and gradients, which glibc returns to the system"
 WALK = "most is multiply-adds at the rate of their pipe, the rest transposes, gates and the sums of dB and dC"
 ONE_PIPE = "on Zen 4 multiply-adds and exponentials fill the same pipe, and the floor counts only the latter"
 

@@ -148,12 +148,12 @@ class Buffer {
     F* data_;
 };
 
-// For outputs, which are contiguous; others lose nothing but time.
+// For outputs. Smaller ones glibc takes from memory that it keeps, where asking was slower more often than not.
 inline void prefer_huge_pages(const TensorView& view) {
-    int64_t elements = view ? 1 : 0;
-    for (int i = 0; i < view.ndim; ++i) elements *= view.size[i];
-    const int64_t width = view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
-    prefer_huge_pages(view.data, static_cast<size_t>(elements * width));
+    constexpr int64_t kMapped = int64_t{32} << 20;  // the most that glibc does not map anew for every call
+    int64_t bytes = !view ? 0 : view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
+    for (int i = 0; i < view.ndim; ++i) bytes *= view.size[i];
+    if (bytes >= kMapped) prefer_huge_pages(view.data, static_cast<size_t>(bytes));
 }
 
 template <typename F>

@@ -93,14 +93,14 @@ inline void run_team(int threads, Body&& body) {
     body(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting});
 }
 
-// Asks for huge pages under a large block that is about to be written: fresh pages of 4 KiB can cost more than what is
-// computed into them.
+// Asks for huge pages in a block that is about to be written: where pages are fresh, those of 4 KiB can cost more than
+// what is computed into them.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t page = uintptr_t{2} << 20;
     const uintptr_t start = reinterpret_cast<uintptr_t>(data), first = (start + page - 1) / page * page;
     const uintptr_t end = (start + bytes) / page * page;
-    if (bytes >= 2 * page && first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
 
@@ -122,7 +122,7 @@ class Arena {
             const size_t rounded = (bytes + align - 1) / align * align;
             memory_ = static_cast<char*>(std::aligned_alloc(align, rounded));
             if (!memory_) return nullptr;
-            prefer_huge_pages(memory_, rounded);
+            if (align == huge_page) prefer_huge_pages(memory_, rounded);
             capacity_ = rounded;
         }
         return memory_;
