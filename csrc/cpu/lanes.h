@@ -108,8 +108,10 @@ class ScratchStack {
         const size_t start = held_;
         held_ += bytes;
         if (held_ <= Arena::kKeep && held_ > wanted_) wanted_ = held_;  // for the next time
-        if (memory_ && held_ <= arena_.capacity()) return memory_ + start;
-        return static_cast<char*>(std::aligned_alloc(64, bytes));
+        const bool fits = memory_ && held_ <= arena_.capacity();
+        char* const data = fits ? memory_ + start : static_cast<char*>(std::aligned_alloc(64, bytes));
+        if (!data) held_ = start;
+        return data;
     }
     void pop(char* data, size_t bytes) {
         const bool on_stack = memory_ && held_ <= arena_.capacity();
