@@ -22,7 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from fuzz_cases import CASES, Case
+from fuzz_case import Case
+from fuzz_cases import CASES
 from tolerances import tolerance
 from torch import Tensor
 

@@ -1,4 +1,7 @@
-"""The compiled CPU kernel of sinkhorn_hadamard, called directly, against the reference in float64."""
+"""The compiled CPU kernel of sinkhorn_hadamard, called directly, against the reference in float64.
+
+Each test runs twice: with matrices that are kept, and tile by tile, as beyond the workspace limit.
+"""
 
 from __future__ import annotations
 
@@ -75,10 +78,22 @@ def allocate(arguments: dict[str, Any], histories: bool = True) -> dict[str, Ten
     }
 
 
+@pytest.fixture(autouse=True, params=[1 << 30, 0], ids=["kept", "tiled"])
+def workspace_limit(request):
+    before = native.workspace_limit()
+    native.set_workspace_limit(request.param)
+    yield
+    native.set_workspace_limit(before)
+
+
+def launch(arguments: dict[str, Any], out: dict[str, Tensor]) -> None:
+    native.call_cpu(f"{OP}_forward", **arguments, **out, workspace_limit=native.workspace_limit())
+
+
 def forward(histories: bool = True, **given: Any) -> dict[str, Tensor]:
     arguments = launch_arguments(**given)
     out = allocate(arguments, histories)
-    native.call_cpu(f"{OP}_forward", **arguments, **out)
+    launch(arguments, out)
     return out
 
 
@@ -112,9 +127,10 @@ def points(batch: int, n: int, m: int, dim: int, dtype: torch.dtype = FP32, seed
     return {"x": x.to(dtype), "y": y.to(dtype)}
 
 
+# The larger ones have several blocks of rows, and several tiles on both sides.
 SIZES = [
     (1, 1, 1, 1), (2, 1, 9, 3), (2, 9, 1, 3), (3, 7, 13, 1), (2, 32, 32, 120), (2, 33, 31, 768), (1, 129, 257, 20),
-    (1, 17, 20, 3840),
+    (1, 333, 101, 17), (1, 17, 20, 3840),
 ]  # fmt: skip
 
 
@@ -134,7 +150,7 @@ def test_sizes(size, cost):
 @pytest.mark.parametrize("eps", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
 def test_any_eps(eps, reach):
     # C rounds to a part of itself, in units of eps; potentials, of the size of eps where it is large, likewise.
-    given = {**points(1, 40, 30, 17), "cost": "sqeuclidean", "eps": eps, "reach": reach, "n_iters": 60}
+    given = {**points(1, 40, 70, 17), "cost": "sqeuclidean", "eps": eps, "reach": reach, "n_iters": 60}
     assert_matches(given, scale=max(1.0, 0.02 / eps, eps))
 
 
@@ -171,7 +187,7 @@ def test_any_mass(factor):
 @pytest.mark.parametrize("reach", [None, 0.5])
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine"])
 def test_far_outlier(cost, reach):
-    given = {**points(1, 40, 30, 17), "cost": cost, "reach": reach}
+    given = {**points(1, 40, 70, 17), "cost": cost, "reach": reach}
     given["x"][0, 3] = 1e6
     assert_matches(given)
 
@@ -204,7 +220,7 @@ def test_any_strides():
     arguments = launch_arguments(**strided)
     out = allocate(arguments)
     out = {n: t.transpose(0, -1).contiguous().transpose(0, -1) for n, t in out.items()}
-    native.call_cpu(f"{OP}_forward", **arguments, **out)
+    launch(arguments, out)
     want = forward(**plain, cost=matrix)
     assert all(torch.equal(out[n], want[n]) for n in want)
 
@@ -244,7 +260,7 @@ def test_bits_depend_on_nothing_but_the_problem(case, threads):
         assert torch.equal(alone[name][0], want[name][1]), name
 
 
-@pytest.mark.parametrize("sizes", [(3, 21, 34, 6), (2, 230, 300, 6)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 21, 34, 6), (2, 100, 70, 20), (2, 230, 300, 6)], ids=str)
 def test_padding_reaches_nothing(sizes):
     batch, n, m, dim = sizes
     plain = points(*sizes)
@@ -288,6 +304,7 @@ def test_nan_stays_in_its_problem():
 def test_other_instruction_sets(isa):
     if "PARROT_CPU_ISA" in os.environ or native.extension().isa <= isa:
         pytest.skip("nothing but the best instruction set of this machine is left to run")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    which = "kept" if native.workspace_limit() else "tiled"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", which]
     done = subprocess.run(command, env={**os.environ, "PARROT_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

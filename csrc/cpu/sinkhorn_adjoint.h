@@ -91,15 +91,9 @@ struct SinkhornAdjoint {
     static int64_t flag_count(int64_t steps) { return 8 * steps; }
 
     int64_t block_begin(int64_t block) const { return block * block_rows; }
-    int64_t block_end(int64_t block) const {
-        const int64_t end = (block + 1) * block_rows;
-        return end < n_pad ? end : n_pad;
-    }
+    int64_t block_end(int64_t block) const { return block + 1 < blocks ? block_begin(block + 1) : n_pad; }
     int64_t chunk_begin(int64_t chunk) const { return chunk * kChunkVectors * L; }
-    int64_t chunk_end(int64_t chunk) const {
-        const int64_t end = (chunk + 1) * kChunkVectors * L;
-        return end < m_pad ? end : m_pad;
-    }
+    int64_t chunk_end(int64_t chunk) const { return chunk + 1 < chunks ? chunk_begin(chunk + 1) : m_pad; }
 
     // Of the iteration at hand; p, q, h, w stay where the product with all of them will look for them.
     T* h() const { return left + 2 * kept * n_pad; }
