@@ -59,5 +59,6 @@ def test_the_modules_of_parrot_are_there_without_an_import():
     names = ("corpora", "distributed", "encoders", "evaluation", "features", "model", "prediction", "store", "training")
     code = "import parrot; " + "; ".join(f"assert parrot.{name}.__doc__" for name in names)
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert {*names, *parrot.__all__} <= set(dir(parrot))
     with pytest.raises(AttributeError, match="no attribute 'copora'"):
         parrot.copora  # noqa: B018
