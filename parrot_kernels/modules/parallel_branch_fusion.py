@@ -33,6 +33,12 @@ class ParallelBranchFusion(nn.Module):
     Args:
         parts: which parts, in this order.
         options: keyword arguments of :class:`SinkhornHadamard`.
+
+    dtypes, gradients and memory are those of :func:`parrot_kernels.parallel_branch_fusion`, autograd's where nothing is
+    transported.
+
+    Raises:
+        ValueError, TypeError: an unknown part or a wrong option, at once; inputs as the function.
     """
 
     def __init__(self, parts: Sequence[str] = PARTS, **options: Any) -> None:

@@ -13,7 +13,10 @@ from ..ops.sinkhorn_divergence import check_options, sinkhorn_divergence
 class SinkhornDivergence(nn.Module):
     """The loss :func:`parrot_kernels.sinkhorn_divergence` with its options fixed; it has no parameters.
 
-    Args: as the function's keyword arguments, whose documentation gives formulas, units and gradients.
+    Args: as the function's keyword arguments, whose documentation gives formulas, units, gradients, memory and sources.
+
+    Raises:
+        ValueError, TypeError: a wrong option, at once; inputs as the function.
     """
 
     def __init__(

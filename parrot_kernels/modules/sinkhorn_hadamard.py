@@ -14,7 +14,10 @@ from ..ops.sinkhorn_hadamard import SinkhornHadamardOutput, sinkhorn_hadamard
 class SinkhornHadamard(nn.Module):
     """The op :func:`parrot_kernels.sinkhorn_hadamard` with its options fixed; it has no parameters.
 
-    Args: as the op's keyword arguments, whose documentation gives formulas, units and gradients.
+    Args: as the op's keyword arguments, whose documentation gives formulas, units, gradients, memory and sources.
+
+    Raises:
+        ValueError, TypeError: a wrong option, at once; inputs as the op.
     """
 
     def __init__(

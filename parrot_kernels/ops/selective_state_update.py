@@ -29,7 +29,7 @@ def selective_state_update(
     state_indices: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of `selective_scan`, for generation token by token; ``state`` is updated in place.
+    """One step of `selective_scan` (arXiv 2312.00752), to generate token by token; ``state`` is updated in place.
 
     With dt = softplus(dt + dt_bias) (``dt_softplus``) or dt + dt_bias, for every channel d::
 

@@ -22,7 +22,7 @@ def sinkhorn_plan(x: Tensor, y: Tensor, **options: Any) -> Tensor:
         weights of y (balanced), those over j the weights of x up to the error of the iteration. Differentiable in x,
         y, a cost tensor, a, b and an eps tensor unless ``gradient="detached"``.
 
-    Raises: as sinkhorn_hadamard.
+    Memory and errors are those of sinkhorn_hadamard.
     """
     plan = sinkhorn_hadamard(x, y, return_plan=True, return_hadamard=False, **options).plan
     return cast(Tensor, plan)  # since it was asked for
@@ -41,7 +41,7 @@ def sinkhorn_transport(x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Te
     Returns:
         x_to_y (B, M, D) and y_to_x (B, N, D), or without B, in the inputs' dtype. Gradients as of sinkhorn_hadamard.
 
-    Raises: as sinkhorn_hadamard.
+    Memory and errors are those of sinkhorn_hadamard.
     """
     out = sinkhorn_hadamard(x, y, return_plan=False, return_hadamard=False, **options)
     return out.x_to_y, out.y_to_x
