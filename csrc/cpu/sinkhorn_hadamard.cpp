@@ -22,7 +22,12 @@ struct ForwardProblem {
     PairwiseCost<T> pairwise;
     SinkhornIteration<T> iteration;
     SinkhornStreaming<T> stream;
-    bool streaming;          // decided by the problem alone, so that its bits don't depend on threads or batch
+    bool streaming;  // decided by the problem alone, so that its bits don't depend on threads or batch
+    // Whether each thread of a team has points, packed points and their preparation to itself: for few points making
+    // them costs less than fetching what another thread made.
+    bool replicated;
+    char* copies;  // (threads, copy_bytes) if replicated
+    size_t copy_bytes;
     T *x, *y;                // in the compute type, rows and columns padded with zeros
     T *x_packed, *y_packed;  // times h and w (as they are when streaming), in panels: right factors of the projections
     T* products;             // (threads, block_rows or columns of a chunk, feature_stride)
@@ -30,6 +35,7 @@ struct ForwardProblem {
     T* tile_parts;           // (row_tiles), largest costs, then parts of the transport cost
     int64_t row_tiles;
     static constexpr int64_t kRowTile = 32, kColumnTile = 32;  // of the matrix products
+    static constexpr int64_t kReplicated = 65536;              // coordinates of all points up to which they are
 
     ForwardProblem(const SinkhornHadamardForward& params, int64_t index) : p(params), problem(index) {
         N = p.x.size[1], M = p.y.size[1], features = p.x.size[2];
@@ -47,18 +53,14 @@ struct ForwardProblem {
         const int64_t n_pad = iteration.n_pad, m_pad = iteration.m_pad;
         streaming = 2.0 * sizeof(T) * double(n_pad) * double(m_pad) > double(p.workspace_limit);
         iteration.carve(carver, threads, !streaming);
-        x = carver.take<T>(n_pad * feature_stride);
-        y = carver.take<T>(m_pad * feature_stride);
+        replicated = !streaming && (n_pad + m_pad) * feature_stride <= kReplicated;
+        copy_bytes = carve_points(nullptr);
+        copies = carver.take<char>((replicated ? threads : 1) * copy_bytes);
+        carve_points(copies);
         products = carver.take<T>(threads * kRowTile * feature_stride);
         row_tiles = (iteration.n + kRowTile - 1) / kRowTile;
         tile_parts = carver.take<T>(row_tiles);
         shared = carver.take<T>(3);
-        pairwise.kind = p.cost;
-        pairwise.n = iteration.n, pairwise.m = iteration.m, pairwise.n_pad = n_pad, pairwise.m_pad = m_pad;
-        pairwise.features = features, pairwise.feature_stride = feature_stride;
-        pairwise.x = x, pairwise.y = y;
-        pairwise.carve(carver);
-        x_packed = pairwise.x_rows, y_packed = pairwise.y_rows;  // not needed at the same time
         if (streaming) {
             x_packed = carver.take<T>(n_pad * feature_stride);
             y_packed = carver.take<T>(m_pad * feature_stride);
@@ -69,6 +71,23 @@ struct ForwardProblem {
         }
         return carver.used();
     }
+
+    size_t carve_points(char* memory) {
+        Carver carver(memory);
+        x = carver.take<T>(iteration.n_pad * feature_stride);
+        y = carver.take<T>(iteration.m_pad * feature_stride);
+        pairwise.kind = p.cost;
+        pairwise.n = iteration.n, pairwise.m = iteration.m;
+        pairwise.n_pad = iteration.n_pad, pairwise.m_pad = iteration.m_pad;
+        pairwise.features = features, pairwise.feature_stride = feature_stride;
+        pairwise.x = x, pairwise.y = y;
+        pairwise.carve(carver);
+        x_packed = pairwise.x_rows, y_packed = pairwise.y_rows;  // not needed at the same time
+        return carver.used();
+    }
+
+    // Who prepares the points that this thread reads.
+    Team preparing(const Team& team) const { return replicated ? Team{} : team; }
 
     bool empty() const { return iteration.n == 0 || iteration.m == 0; }
 
@@ -139,13 +158,13 @@ struct ForwardProblem {
 
     void prepare(const Team& team) {
         auto& it = iteration;
-        team.for_each(it.n_pad / L, it.m_pad / L, [&](bool rows, int64_t group) {
+        preparing(team).for_each(it.n_pad / L, it.m_pad / L, [&](bool rows, int64_t group) {
             if (rows)
                 read_points(p.x, problem, group, it.n, features, feature_stride, x);
             else
                 read_points(p.y, problem, group, it.m, features, feature_stride, y);
         });
-        if (p.cost != CostKind::matrix) pairwise.prepare(team);
+        if (p.cost != CostKind::matrix) pairwise.prepare(preparing(team));
         if (streaming && p.cost != CostKind::matrix && !pairwise.by_differences())
             team.for_each(it.n_pad / L, [&](int64_t group) { stream.by_columns.pairwise.pack_columns(group); });
         team.for_each(row_tiles, [&](int64_t tile) { cost_tile(team, tile); });
@@ -281,7 +300,7 @@ struct ForwardProblem {
         auto& it = iteration;
         const int64_t vectors = feature_stride / L;
         const T* u = it.u[result.iterations & 1];
-        team.for_each(it.n_pad / L, it.m_pad / L, [&](bool rows, int64_t group) {
+        preparing(team).for_each(it.n_pad / L, it.m_pad / L, [&](bool rows, int64_t group) {
             const int64_t count = rows ? it.n : it.m;
             for (int64_t i = group * L; i < (group + 1) * L && i < count; ++i)
                 if (rows)
@@ -323,6 +342,7 @@ struct ForwardProblem {
 
     // On memory that `carve` was given; every thread of the team calls it on its own copy of this object.
     void run(const Team& team) {
+        if (replicated) carve_points(copies + team.rank * copy_bytes);
         if (team.rank == 0) iteration.set_weights(p.a, p.b);
         team.barrier();
         prepare(team);
