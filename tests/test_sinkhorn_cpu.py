@@ -225,9 +225,12 @@ def test_any_strides():
     assert all(torch.equal(out[n], want[n]) for n in want)
 
 
-# Small, shared by threads, and with refreshes in many iterations.
+# Small, shared by threads, with refreshes in many iterations, and with each thread's own points and without.
 INVARIANCE = {
     "small": {**points(5, 21, 34, 6), "eps": 0.1},
+    "own points": {**points(2, 100, 130, 40), "cost": "sqeuclidean"},
+    "own points, cosine": {**points(2, 100, 130, 40), "cost": "cosine"},
+    "common points": {**points(2, 230, 300, 130), "n_iters": 5},
     "shared": {**points(3, 230, 300, 6), "n_iters": 20},
     "refreshing": {**points(3, 230, 300, 3), "n_iters": 20, "eps": 1e-3, "cost": "sqeuclidean"},
     "log domain": {**points(3, 230, 300, 3), "n_iters": 5, "a": torch.full((3, 230), 1e9)},
