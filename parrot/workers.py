@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -45,7 +46,8 @@ def run_all(fit: Callable[..., Any], runs: Sequence[tuple], workers: int) -> Ite
         return
     pool = ProcessPoolExecutor(min(workers, len(runs)), get_context("spawn"), _start_worker, (fit,))
     try:
-        futures = {pool.submit(_run_in_worker, *run): run for run in runs}
+        with _interrupts_held():  # which workers inherit, as they start
+            futures = {pool.submit(_run_in_worker, *run): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
@@ -56,9 +58,25 @@ def run_all(fit: Callable[..., Any], runs: Sequence[tuple], workers: int) -> Ite
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(fit: Callable[..., Any]) -> None:
     global _fit
     _fit = fit
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a terminal sends to all: end without a word, the parent speaks
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(AttributeError, OSError):  # glibc only
         # Gradients of some MB are freed and allocated every step: keep the memory instead of giving it back to
