@@ -8,7 +8,10 @@ import pickle
 import subprocess
 import sys
 import threading
+from functools import partial
+from pathlib import Path
 
+import concurrent_cases as cases
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +83,59 @@ def test_many_threads_at_once():
         thread.start()
     for thread in threads:
         thread.join()
+    assert wrong == []
+
+
+SLOW = pytest.mark.slow
+
+
+@built
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.parametrize(
+    "way", ["threads", "fork", pytest.param("spawn", marks=SLOW), pytest.param("forkserver", marks=SLOW)]
+)
+def test_every_op_in_the_workers_of_a_loader_and_first_called_by_many_threads(way):
+    done = subprocess.run(
+        [sys.executable, cases.__file__, way],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=Path(parrot_kernels.__file__).parents[1],
+        env=cases.environment(),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@built
+def test_sixteen_threads_while_settings_change(request):
+    """The number of torch's threads, the workspace limit, above these problems' needs, and the loaded extension."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    request.addfinalizer(partial(native.set_workspace_limit, native.workspace_limit()))
+    want, wrong, finished = cases.every_op(), [], threading.Event()
+
+    def change() -> None:
+        turn = 0
+        while not finished.is_set():
+            native.set_workspace_limit((1 << 30, 1 << 16)[turn % 2])
+            native._load.cache_clear()  # and the extension is looked for again
+            turn += 1
+
+    def work(threads: int) -> None:
+        try:
+            for turn in range(3):
+                torch.set_num_threads(1 + (threads + turn) % 4)
+                wrong.extend(cases.differences(cases.every_op(), want))
+        except Exception as error:
+            wrong.append(error)
+
+    changing = threading.Thread(target=change)
+    working = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    for thread in [changing, *working]:
+        thread.start()
+    for thread in working:
+        thread.join()
+    finished.set()
+    changing.join()
     assert wrong == []
 
 
