@@ -53,7 +53,7 @@ MUTANTS = [
     *of(
         "csrc/cpu/selective_scan_forward.cpp", "scan_cpu",
         sign=("y += h[n] * entry<F, C_constant>(C, n);", "y -= h[n] * entry<F, C_constant>(C, n);"),
-        edge=("if (chunk - in_chunk < stop - s)", "if (chunk - in_chunk < stop - s - 1)"),
+        edge=("stop = chunk - in_chunk < steps - s ?", "stop = chunk - in_chunk < steps - s - 1 ?"),
         mask=("if (tile.starts && tile.starts[s]) {", "if (false) {"),
     ),
     *of(
@@ -105,7 +105,7 @@ MUTANTS = [
         mask=("flag_if(untrusted(sum));", ""),
     ),
     *of(
-        "csrc/cpu/sinkhorn_streaming.h", "sinkhorn_cpu_streaming",
+        "csrc/cpu/sinkhorn_streaming.h", "sinkhorn_cpu",
         sign=("potential = (offset - log_one(s)) * it.damp_x;", "potential = (offset + log_one(s)) * it.damp_x;"),
         edge=("end = j + L < it.m ? j + L : it.m;", "end = j + L < it.m ? j + L : it.m - 1;"),
         mask=("|| any(Iteration::untrusted(t))", ""),

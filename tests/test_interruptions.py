@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reas
 
 OPTIONS = ["--voices", "5", "--sentences", "1", "--folds", "3", "--systems", "fcn-0", "parrot", "--epochs", "4"]
 WEIGHTS = "model.safetensors"
+# A shell's $? is 130 for both. Python ends by the signal itself if it came within an exec() of a string, as dataclasses
+# and named tuples make while modules are imported, even where the exception is handled.
+INTERRUPTED = (130, -2)
 
 
 def start(folder: Path, workers: int = 1) -> subprocess.Popen:
@@ -85,7 +88,7 @@ def test_ctrl_c_in_training_is_one_line_and_loses_nothing(begun, whole, delay):
     process = start(begun, workers=2)
     assert stop(process, (begun / "results").exists if delay < 1 else lambda: True, signal.SIGINT, 2 + delay)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode in INTERRUPTED
     assert "Traceback" not in output
     assert output.count("interrupted. What was finished is kept; run the command again to go on.") == 1
     assert not list(begun.rglob(".*.tmp"))
@@ -98,7 +101,7 @@ def test_ctrl_c_in_extraction(tmp_path, whole):
     process = start(tmp_path)
     assert stop(process, (tmp_path / "features").exists, signal.SIGINT, 0.4)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode in INTERRUPTED
     assert "Traceback" not in output
     finish(tmp_path)
     assert contents(tmp_path) == contents(whole)
