@@ -86,7 +86,9 @@ def _fits(value: Tensor, shape: Sequence[int | str], sizes: dict[str, int]) -> b
         return False
     found: dict[str, int] = {}
     for wanted, got in zip(shape, value.shape, strict=True):
-        size = sizes.get(wanted, found.setdefault(wanted, got)) if isinstance(wanted, str) else wanted
+        size: int | str | None = wanted
+        if isinstance(wanted, str) and (size := sizes.get(wanted)) is None:
+            size = found.setdefault(wanted, got)
         if size != got:
             return False
     sizes.update(found)

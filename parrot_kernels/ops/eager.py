@@ -162,8 +162,12 @@ def shortcut(
     """
 
     def call(*arguments: Any) -> Any:
-        tensors = [t for t in arguments if isinstance(t, Tensor)]
-        tensors += [t for nested in arguments if isinstance(nested, list) for t in nested if isinstance(t, Tensor)]
+        tensors = []
+        for t in arguments:
+            if isinstance(t, list):
+                tensors += [each for each in t if isinstance(each, Tensor)]
+            elif t is not None and isinstance(t, Tensor):
+                tensors.append(t)
         if not torch.compiler.is_compiling():
             _refuse_tangents(op, tensors)
             if transformable is not None and torch._C._are_functorch_transforms_active():
