@@ -314,6 +314,33 @@ def test_norms(dtype):
     assert mamba_layers.rms_norm_fn(x, weight, None, prenorm=True)[1].dtype == dtype
 
 
+def test_norms_drop_and_scale_before_the_residual_is_added():
+    x, residual, weight, bias = torch.ones(2, 50, 16), torch.randn(2, 50, 16), torch.rand(16), torch.rand(16)
+    rowscale = torch.rand(2, 50)
+    out, total = mamba_layers.layer_norm_fn(x, weight, bias, residual, rowscale=rowscale, prenorm=True)
+    assert_close(total, rowscale[..., None] + residual, "conv")
+    assert_close(out, F.layer_norm(total, (16,), weight, bias, 1e-6), "conv")
+
+    norm = mamba_layers.RMSNorm(16, dropout_p=0.25)
+    out, total = norm(x, prenorm=True)
+    assert set(total.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
+    assert 0.7 < (total > 0).float().mean() < 0.8
+    assert_close(out, F.rms_norm(total, (16,), norm.weight, 1e-5), "conv")
+    assert torch.equal(norm.eval()(x, prenorm=True)[1], x)
+
+
+def test_norms_say_what_they_do_not_serve():
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    nothing = {"x1": None, "weight1": None, "bias1": None, "return_dropout_mask": False}
+    want = mamba_layers.rms_norm_fn(x, weight, None)
+    assert torch.equal(mamba_layers.rms_norm_fn(x, weight, None, **nothing), want)
+    for option in ({"x1": x}, {"weight1": weight}, {"bias1": weight}, {"return_dropout_mask": True}):
+        with pytest.raises(NotImplementedError, match=f"`{next(iter(option))}` belongs to blocks that run attention"):
+            mamba_layers.layer_norm_fn(x, weight, None, **option)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
+        mamba_layers.rms_norm_fn(x, weight, None, epsilon=1e-5)
+
+
 def test_module_loads_and_runs_as_ours():
     ours, theirs = modules.Mamba(8), mamba_layers.Mamba(8, use_fast_path=False, layer_idx=3)
     theirs.load_state_dict(ours.state_dict())

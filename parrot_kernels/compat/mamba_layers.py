@@ -27,17 +27,43 @@ def layer_norm_fn(
     residual: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
+    **parallel: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer norm (or RMS norm) of x + residual, in the dtype of x; with ``prenorm`` also that sum.
+    """Layer norm (or RMS norm) of dropout(rowscale x) + residual, in the dtype of x; with ``prenorm`` also that sum.
 
-    The sum has the dtype of the residual; without one that of x, or fp32 with ``residual_in_fp32``. Plain PyTorch,
-    so that models written for mamba-ssm's fused kernel run.
+    Plain PyTorch, so that models written for mamba-ssm's fused kernel run. Whether options after ``residual`` come in
+    another order or not at all depends on the version, so here they are passed by name.
+
+    Args:
+        x, residual: (..., dim). The sum has the dtype of the residual; without one that of x, or fp32 with
+            ``residual_in_fp32``.
+        weight, bias: (dim,).
+        dropout_p: elements of x are dropped with this probability, as in the original whether in training or not.
+        rowscale: (...), a factor for each row of x.
+        parallel: ``x1``, ``weight1``, ``bias1`` and ``return_dropout_mask``, for attention and MLP side by side, are
+            accepted as long as they ask for nothing.
+
+    Raises:
+        NotImplementedError: one of ``parallel`` is given.
     """
+    for name in parallel:
+        if name not in ("x1", "weight1", "bias1", "return_dropout_mask"):
+            raise TypeError(f"layer_norm_fn() got an unexpected keyword argument '{name}'")
+        if parallel[name] is not None and parallel[name] is not False:
+            raise NotImplementedError(
+                f"layer_norm_fn: `{name}` belongs to blocks that run attention and MLP side by side, which Mamba-1 "
+                "models don't have and parrot_kernels' stand-in for mamba_ssm doesn't serve; leave it out, or call the "
+                "function once for each norm."
+            )
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    total = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
+    added = x.to(wide) if rowscale is None else x.to(wide) * rowscale.to(wide).unsqueeze(-1)
+    added = F.dropout(added, dropout_p) if dropout_p > 0 else added
+    total = added if residual is None else added + residual.to(wide)
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
     if is_rms_norm:
         out = rms_norm(total, weight, eps) if bias is None else rms_norm(total, weight, eps) + bias
@@ -48,33 +74,29 @@ def layer_norm_fn(
 
 
 def rms_norm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`layer_norm_fn` without subtracting the mean."""
-    return layer_norm_fn(
-        x, weight, bias, residual, eps=eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=True
-    )
+    """`layer_norm_fn` without subtracting the mean, with the same options but for ``is_rms_norm``."""
+    return layer_norm_fn(x, weight, bias, residual, is_rms_norm=True, **options)
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last dimension, with the state dict of mamba-ssm's."""
+    """RMS norm over the last dimension, with the state dict of mamba-ssm's.
+
+    In training ``dropout_p`` of the elements of x are dropped before the residual is added.
+    """
 
     def __init__(
         self,
         hidden_size: int,
         eps: float = 1e-5,
+        *,
+        dropout_p: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.dropout_p = eps, dropout_p
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
@@ -83,7 +105,14 @@ class RMSNorm(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         return rms_norm_fn(
-            x, self.weight, self.bias, residual, eps=self.eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32
+            x,
+            self.weight,
+            self.bias,
+            residual,
+            eps=self.eps,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32,
         )
 
 
