@@ -10,7 +10,7 @@ from pathlib import Path
 from .options import Subparsers, new_command
 
 DESCRIPTION = """\
-Measure the kernels beside their peers and draw plots, in a checkout of the source: the benchmarks are not part of
+Measure the kernels beside their peers and draw plots, in a clone of the repository: the benchmarks are not part of
 an installed package. `python -m benchmarks.run --help` there has more options."""
 
 EXAMPLES = """\
@@ -34,8 +34,8 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     if not (ROOT / "benchmarks" / "run.py").exists():
         raise RuntimeError(
-            f"the benchmarks were not found beside the package ({ROOT / 'benchmarks'}): they come with the source, not "
-            "with an installed package. Run `pip install -e '.[bench]'` in a checkout of the source"
+            f"the benchmarks were not found beside the package ({ROOT / 'benchmarks'}): they come with the repository, "
+            "not with an installed package. Run `pip install -e '.[bench]'` in a clone"
         )
     output = args.output.resolve()
     command = [sys.executable, "-m", "benchmarks.run", "--suite", args.suite, "--device", args.device]
