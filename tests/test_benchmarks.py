@@ -290,7 +290,7 @@ def test_parrot_bench_forwards_and_says_where_benchmarks_are_missing(monkeypatch
     run.parse(commands[0][3:])
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     assert cli.main(["bench"]) == 2
-    assert "checkout of the source" in capsys.readouterr().err
+    assert "in a clone" in capsys.readouterr().err
 
 
 def test_the_two_ways_of_embedding_agree():
