@@ -159,7 +159,7 @@ MUTANTS = [
         "parrot_kernels/triton_kernels/sinkhorn_tiles.py", "sinkhorn_streaming",
         sign=("tile = squares - 2.0 * tile", "tile = squares + 2.0 * tile"),
         edge=("for _ in range(chunks):", "for _ in range(chunks - 1):"),
-        mask=("valid = start + i < count", "valid = start + i < size"),
+        mask=('+ at + j, mask=valid_j, other=float("-inf"))', "+ at + j, mask=valid_j, other=0.0)"),
     ),
     *of(
         "parrot_kernels/triton_kernels/sinkhorn_cost_gradient.py", "sinkhorn_streaming_backward",
