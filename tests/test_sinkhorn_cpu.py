@@ -5,6 +5,7 @@ Each test runs twice: with matrices that are kept, and tile by tile, as beyond t
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -190,6 +191,15 @@ def test_far_outlier(cost, reach):
     given = {**points(1, 40, 70, 17), "cost": cost, "reach": reach}
     given["x"][0, 3] = 1e6
     assert_matches(given)
+
+
+def test_a_column_whose_small_entries_add_up():
+    """All but one of its entries are below the least normal number; together they are a quarter of its sum."""
+    cost = torch.zeros(1, 20, 30)
+    cost[0, :, -1] = 0.5 - math.log(TINY)
+    cost[0, 0, -1] -= 4.0
+    given = {**points(1, 20, 30, 3), "a": torch.ones(1, 20), "cost": cost, "cost_scale": 1.0, "eps": 1.0}
+    assert_matches({**given, "n_iters": 3}, scale=20)  # potentials of 80
 
 
 @pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean", "cosine"])
