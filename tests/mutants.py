@@ -102,8 +102,7 @@ MUTANTS = [
         "csrc/cpu/sinkhorn_adjoint.h", "sinkhorn_cpu_backward",
         sign=("load(dF + i) - load(h() + i) * with_p", "load(dF + i) + load(h() + i) * with_p"),
         edge=("n - i > L / 2 ? add_rows<L>", "n - i > L / 2 + 1 ? add_rows<L>"),
-        mask=("flag_if(untrusted(with_w));", ""),
-        mask2=("        have_t = false;\n        have_kernel = !flagged();", "        have_kernel = !flagged();"),
+        mask=("        have_t = false;\n        have_kernel = !flagged();", "        have_kernel = !flagged();"),
     ),
     *of(
         "csrc/cpu/sinkhorn_streaming.h", "sinkhorn_cpu",
