@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from tolerances import assert_close
@@ -15,16 +16,20 @@ from parrot_kernels import backends
 
 def pairwise(options: dict[str, Sequence[object]]) -> Iterator[dict[str, object]]:
     """A small set of combinations in which every pair of values of every two options occurs."""
-    names = list(options)
-    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]}
-    while missing:
-        best, gain = None, set()
-        for values in itertools.product(*options.values()):
-            covered = missing & set(itertools.combinations(zip(names, values, strict=True), 2))
-            if len(covered) > len(gain):
-                best, gain = values, covered
-        missing -= gain
-        yield dict(zip(names, best, strict=True))
+    sizes = [len(values) for values in options.values()]
+    # An array for each pair of options, of length one along all others: their sum is what each combination would add.
+    missing = {
+        (a, b): np.ones([n if i in (a, b) else 1 for i, n in enumerate(sizes)], dtype=np.int32)
+        for a, b in itertools.combinations(range(len(sizes)), 2)
+    }
+    while True:
+        gain = sum(missing.values(), np.zeros(sizes, dtype=np.int32))
+        best = np.unravel_index(gain.argmax(), sizes)
+        if gain[best] == 0:
+            return
+        for pair, array in missing.items():
+            array[tuple(chosen if i in pair else 0 for i, chosen in enumerate(best))] = 0
+        yield {name: values[chosen] for (name, values), chosen in zip(options.items(), best, strict=True)}
 
 
 def places(op: str) -> list:
