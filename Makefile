@@ -26,10 +26,10 @@ demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.test
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
 mutants: $(VENV)/.test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/mutants.py

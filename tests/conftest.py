@@ -6,6 +6,7 @@ import os
 import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("POT_BACKEND_DISABLE_JAX", "1")  # POT imports every framework that it finds
 
 import pytest
 import torch

@@ -33,6 +33,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 def test_the_quick_set_compiles_without_spills(tmp_path):
     done = command("--triton", "--quick", "--arch", "80", "90", "--jobs", "2", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,7 +25,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc (on PATH or und
 
 def compilations() -> list:
     """Every file for every architecture, but only one of them without the marker `slow`."""
-    quick = ("causal_conv1d_f32", ARCHITECTURES[-1])
+    quick = ("selective_scan_forward_f64", ARCHITECTURES[-1])
     pairs = [(source, architecture) for source in KERNEL_FILES for architecture in ARCHITECTURES]
     return [
         pytest.param(

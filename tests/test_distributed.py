@@ -124,6 +124,7 @@ def test_cross_validation_by_two_processes(tmp_path):
         np.testing.assert_allclose(np.load(tmp_path / f"logits{rank}.npy"), logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_commands_under_a_launcher(tmp_path):
     cases.make_corpus(tmp_path, 12)
     lines = [f"{i:03d}.wav,s{i % 4},{'ab'[i // 4 % 2]}" for i in range(12)]

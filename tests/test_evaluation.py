@@ -136,6 +136,7 @@ def test_summary_is_mean_and_population_deviation(data):
     assert results.fold_sizes[0] == {"train": 45, "validation": 15, "test": 30}
 
 
+@pytest.mark.slow
 def test_workers_and_store_do_not_change_the_figures(data, tmp_path):
     serial = validate(data)
     parallel = validate(data, workers=2, store=tmp_path)

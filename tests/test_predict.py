@@ -195,6 +195,7 @@ def test_streams_that_are_no_raw_samples(data, match):
         list(Stream().windows(io.BytesIO(data)))
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_its_answers_while_it_is_open(models):
     program = [sys.executable, "-m", "parrot", "predict", "--stream", "--window", "1", "--hop", "1", "--model"]
     with subprocess.Popen(

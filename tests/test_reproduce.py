@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,17 +162,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kills, finished, tmp_path):
 
 
 def test_a_damaged_result_is_made_again(finished, tmp_path):
-    small.run(tmp_path, seeds=1)
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     before = contents(tmp_path)
     path = sorted((tmp_path / "results").glob("*.json"))[5]
     path.write_bytes(path.read_bytes()[:-9])
     (tmp_path / "results" / f".{path.name}.99.tmp").write_text("half")
-    assert small.run(tmp_path, seeds=1).reused == small.RUNS // 2 - 1
+    assert small.run(tmp_path).reused == small.RUNS - 1
     assert contents(tmp_path) == before
 
 
 def test_a_full_disk_is_told_and_loses_nothing(finished, tmp_path, monkeypatch):
-    sync, written = os.fsync, []
+    shutil.copytree(finished[0] / "results", tmp_path / "results")
+    for path in sorted((tmp_path / "results").glob("*.json"))[::6]:
+        path.unlink()
+    sync, written, kept = os.fsync, [], small.RUNS - 12
 
     def fsync(descriptor):
         written.append(descriptor)
@@ -184,8 +188,8 @@ def test_a_full_disk_is_told_and_loses_nothing(finished, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"No space left on device: '.*json'") as caught:
             small.run(tmp_path)
     assert caught.value.errno == errno.ENOSPC
-    assert len([path for path in (tmp_path / "results").iterdir() if path.name != "lock"]) == 7
-    assert small.run(tmp_path).reused == 7
+    assert len([path for path in (tmp_path / "results").iterdir() if path.name != "lock"]) == kept + 7
+    assert small.run(tmp_path).reused == kept + 7
     assert contents(tmp_path) == contents(finished[0])
 
 

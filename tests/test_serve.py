@@ -9,19 +9,21 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-gradio = pytest.importorskip("gradio")
 soundfile = pytest.importorskip("soundfile")
 
-from parrot import app, encoders  # noqa: E402 (they need what is asked for above)
+from parrot import encoders  # noqa: E402 (they need what is asked for above)
 from parrot.cli import main  # noqa: E402
 from parrot.model import build  # noqa: E402
 from parrot.prediction import Predictor  # noqa: E402
+
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")  # whose import takes seconds
 
 RATE, LABELS = 16000, ["angry", "calm", "sad"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -60,6 +62,8 @@ def free_port():
 @pytest.fixture
 def served():
     """Launches pages and closes them."""
+    from parrot import app
+
     pages = []
 
     def serve(predictor, among=()):
@@ -116,6 +120,8 @@ def test_a_clip_alone_and_among_others_in_the_paper_s_mode(folder, served):
 
 
 def test_transport_between_frames_is_told_as_such(folder, served):
+    from parrot import app
+
     clip = folder / "clips" / "220.wav"
     *_, plan, note = ask(served(Predictor.load(folder / "parrot-frames")), str(clip))
     assert note == app.FRAMES
@@ -132,6 +138,8 @@ def test_what_can_t_be_used_is_an_error_on_the_page(folder, served, tmp_path):
 
 
 def test_the_page_is_local(folder, served):
+    from parrot import app
+
     address = served(Predictor.load(folder / "parrot"))
     assert address.startswith("http://127.0.0.1:")
     with urllib.request.urlopen(address) as answer:

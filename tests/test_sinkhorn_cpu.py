@@ -312,7 +312,7 @@ def test_nan_stays_in_its_problem():
     assert got["y_to_x"][1].isnan().any()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(99)
 @pytest.mark.parametrize("isa", ["v2", "v3"])
 def test_other_instruction_sets(isa):
     if "PARROT_CPU_ISA" in os.environ or native.extension().isa <= isa:
