@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -147,25 +147,25 @@ def to(arguments: dict[str, Any], target: torch.dtype | str) -> dict[str, Any]:
     }
 
 
-def places() -> list:
-    """(backend, device) of every backend there is; "interpreter" stands for Triton's, on the CPU."""
+def places(interpreter: Sequence[pytest.MarkDecorator] = ()) -> list:
+    """(backend, device) of every backend there is; "interpreter" stands for Triton's, on the CPU, with marks."""
     found = [pytest.param("torch", "cpu", id="torch")]
     if "cpu" in backends.IMPLEMENTED[OP]:
         built = pytest.mark.skipif(native.why_missing("cpu") is not None, reason="the extension is not built")
         found.append(pytest.param("cpu", "cpu", id="cpu", marks=built))
     if "triton" in backends.IMPLEMENTED[OP]:
-        found.append(pytest.param("interpreter", "cpu", id="triton-interpreter"))
+        found.append(pytest.param("interpreter", "cpu", id="triton-interpreter", marks=interpreter))
     for backend in (*backends.IMPLEMENTED[OP], "torch"):
         if backend != "cpu":
             found.append(pytest.param(backend, "cuda", id=f"{backend}-cuda", marks=pytest.mark.gpu))
     return found
 
 
-def everywhere(test: Callable[..., None]) -> Callable[..., None]:
+def everywhere(test: Callable[..., None], interpreter: Sequence[pytest.MarkDecorator] = ()) -> Callable[..., None]:
     """Decorator: run a test of (backend, device, ...) at every place; with the interpreter in its own process."""
     remote = interpreted(test)
 
-    @pytest.mark.parametrize(("backend", "device"), places())
+    @pytest.mark.parametrize(("backend", "device"), places(interpreter))
     @functools.wraps(test)
     def run(backend: str, device: str, **arguments: Any) -> None:
         if backend == "interpreter":

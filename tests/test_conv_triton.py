@@ -60,6 +60,7 @@ def check(inputs, options, grads) -> dict[str, Tensor]:
     return got
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", list(pairwise(OPTIONS)), ids=str)
 @interpreted
 def test_options(case):

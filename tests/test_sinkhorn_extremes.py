@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 
 import pytest
+import sinkhorn_cases
 import torch
-from sinkhorn_cases import cotangents, everywhere, op, problem, takes, to, with_gradients
+from sinkhorn_cases import cotangents, op, problem, takes, to, with_gradients
 from tolerances import assert_close
 
 from parrot_kernels import backends, sinkhorn_hadamard
+
+# The interpreter takes seconds for each; the quick tests of Triton's extremes are in test_sinkhorn_triton*.py.
+everywhere = functools.partial(sinkhorn_cases.everywhere, interpreter=[pytest.mark.slow])
 
 FP32 = torch.float32
 GRADIENTS = ("unrolled", "implicit", "detached")
