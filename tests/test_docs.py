@@ -69,6 +69,7 @@ def test_examples_run_on_the_demo_corpus(page, demo_corpus, monkeypatch):
     run_examples(page)
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings")

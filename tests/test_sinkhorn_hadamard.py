@@ -34,6 +34,9 @@ FP32, FP64 = torch.float32, torch.float64
 GRADIENTS = ("unrolled", "implicit", "detached")
 SIZES = (4, 5, 6, 3)
 
+# The interpreter takes seconds for each: quick are the twins in test_sinkhorn_triton.py, and the other backends.
+everywhere_slowly = functools.partial(everywhere, interpreter=[pytest.mark.slow])
+
 
 def single(arguments: dict, p: int, drop_batch: bool = False) -> dict:
     """Problem p alone, as a batch of one or without the batch dimension."""
@@ -88,7 +91,7 @@ def test_nothing_to_transport(backend, device, sizes):
         assert value.abs().sum() == 0, name
 
 
-@everywhere
+@everywhere_slowly
 def test_lengths_cut_the_problem_out(backend, device):
     """A padded problem has the results of the same problem without its padding."""
     arguments = to(problem("lengths", SIZES, FP32), device)
@@ -108,7 +111,7 @@ def test_lengths_cut_the_problem_out(backend, device):
         assert got["plan"][p].sum().item() == pytest.approx(got["plan"][p, :n, :m].sum().item())
 
 
-@everywhere
+@everywhere_slowly
 def test_padding_does_not_set_the_scale(backend, device):
     """Far from the origin, whatever stands in for padding is farther away than any valid point."""
     x, y = torch.randn(2, 5, 3, device=device) + 100, torch.randn(2, 4, 3, device=device) + 100
@@ -134,7 +137,7 @@ def test_one_problem_without_a_batch(backend, device):
         assert torch.equal(value, batch[name][0]), name
 
 
-@everywhere
+@everywhere_slowly
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision_loses_only_the_last_rounding(backend, device, dtype):
     if not takes(backend, dtype):
@@ -153,7 +156,7 @@ def test_half_precision_loses_only_the_last_rounding(backend, device, dtype):
         assert_close(got[name].cpu(), exact[name], "sinkhorn", name)
 
 
-@everywhere
+@everywhere_slowly
 def test_strides_do_not_matter(backend, device):
     arguments = to(problem("everything", SIZES, FP32), device)
 
@@ -172,7 +175,7 @@ def test_strides_do_not_matter(backend, device):
         assert torch.equal(value, want[name]), name
 
 
-@everywhere
+@everywhere_slowly
 def test_expanded_inputs(backend, device):
     arguments = to(problem("plain", (1, 5, 6, 3), FP32), device)
     want = op(**arguments, backend=backend)
@@ -236,7 +239,7 @@ def test_padding_does_not_matter_and_gets_no_gradient(backend, device, gradient)
                 assert value.masked_fill(mask, 0).abs().sum() == 0, name
 
 
-@everywhere
+@everywhere_slowly
 def test_a_nan_stays_in_its_problem(backend, device):
     arguments = to(problem("weights", SIZES, FP32), device)
     want = op(**arguments, backend=backend)
@@ -325,7 +328,7 @@ def test_compile_with_inductor():
         assert_close(x[1].grad, x[0].grad, "sinkhorn_grad")
 
 
-@everywhere
+@everywhere_slowly
 def test_vmap(backend, device):
     x, y = (torch.randn(3, 2, n, 4, device=device) for n in (5, 6))
 
@@ -346,7 +349,7 @@ def test_vmap(backend, device):
     assert_close(leaves[0][1].grad, leaves[1][1].grad, "sinkhorn_grad")
 
 
-@everywhere
+@everywhere_slowly
 def test_autocast_changes_nothing(backend, device):
     arguments = to(problem("everything", SIZES, FP32), device)
     given, found = cotangents(arguments), []
