@@ -18,6 +18,7 @@ from torch import nn
 from parrot import evaluation, model
 from parrot.evaluation import cross_validate, final_fold, metrics, model_digest, train_final
 from parrot.model import Parrot, ParrotConfig
+from parrot.ragged import Ragged
 from parrot.sharing import CONFIG, Shareable
 from parrot.training import TrainingConfig
 from parrot.workers import run_all
@@ -296,3 +297,13 @@ def test_what_neither_weights_nor_layers_show_is_in_the_key():
 
     assert annealed(5) == annealed(5) != annealed(20)
     assert tuned("hubert-demo") == tuned("hubert-demo") != tuned("hubert-demo#0")
+
+
+def test_the_key_of_sequences_tells_their_values_and_where_they_end():
+    values = np.arange(12, dtype=np.float32).reshape(6, 2)
+
+    def key(*ends, values=values):
+        return evaluation.digest(Ragged.join(np.split(values, ends)))
+
+    assert key(2, 3) == key(2, 3)
+    assert len({key(2, 3), key(2, 4), key(2), key(2, 3, values=values + 1), evaluation.digest(values)}) == 5

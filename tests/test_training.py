@@ -206,6 +206,12 @@ def test_bad_device():
         TrainingConfig(device="abacus").resolved_device()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="no CUDA device is visible"):
+        TrainingConfig(device="cuda").resolved_device()
+
+
 def test_bad_data_is_named():
     features, labels = make_data()
     fold = make_fold()
@@ -226,6 +232,10 @@ def test_bad_data_is_named():
     shared.test = shared.test.copy()
     shared.test[0] = 3
     fails("row 3 is in `fold.train` and in `fold.test`", parts=shared)
+    twice = make_fold()
+    twice.train = twice.train.copy()
+    twice.train[4] = 5
+    fails("row 5 is in `fold.train` twice", parts=twice)
 
 
 def test_a_diverged_run_says_so():
