@@ -189,7 +189,7 @@ MUTANTS = [
         "csrc/cuda/causal_conv1d_backward.cuh", "cuda_conv",
         sign=("gradient[i][c] * silu_derivative(dpre[i][c])", "-gradient[i][c] * silu_derivative(dpre[i][c])"),
         edge=("t0 + kSteps > line.length - (WIDTH - 1)", "t0 + kSteps > line.length - (WIDTH - 2)"),
-        mask=("if (s < 0 || s >= line.length) continue;", ""),
+        mask=("t0 + i < line.length ? tile[i][c] : Real(0)", "tile[i][c]"),
     ),
     *of(
         "csrc/cuda/selective_state_update.cu", "cuda_updates",
