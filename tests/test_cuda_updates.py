@@ -40,6 +40,17 @@ def test_state_update(case):
     assert_close(narrow, want_state, "scan", "state")
 
 
+def test_a_padded_row_may_hold_anything():
+    state, inputs, indices = state_cases.make_step(state_cases.ALL | {"indices": "padded"})
+    want, want_state = state_cases.expected(state, inputs, indices)
+    for name in ("x", "dt", "B", "C", "z"):
+        inputs[name][1] = torch.nan
+    out = torch.empty_like(inputs["x"])
+    scan.KERNELS["cuda"](state=state, out=out, indices=indices.to(torch.int32), **inputs)
+    assert_close(out, want, "scan", "out")
+    assert_close(state, want_state, "scan", "state")
+
+
 @pytest.mark.parametrize("dim", [1, 16, 35])
 @pytest.mark.parametrize("states", [1, 8, 24, 33])
 def test_sizes_and_batches(dim, states):

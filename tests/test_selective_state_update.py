@@ -222,6 +222,19 @@ def test_gradients_reach_everything_but_the_state(indices):
     assert torch.equal((new if index is None else new[index])[valid], want_rows[valid])
 
 
+@PLACES
+def test_a_padded_row_may_hold_anything(backend, device):
+    state, inputs, index = make_step(ALL | {"indices": "padded"}, device=device)
+    want_state = state.clone()
+    want = selective_state_update(want_state, **inputs, state_indices=index, backend=backend)
+    for name in ("x", "dt", "B", "C", "z"):
+        inputs[name][1] = torch.nan
+    out = selective_state_update(state, **inputs, state_indices=index, backend=backend)
+    assert not out[1].any()
+    assert torch.equal(out, want)
+    assert torch.equal(state, want_state)
+
+
 def test_a_backward_that_needs_the_overwritten_state_notices():
     state, inputs, _ = make_step(ALL)
     weight = torch.ones_like(state, requires_grad=True)
