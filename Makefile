@@ -2,6 +2,7 @@
 # make test   runs the quick tests; make test-all also the slow ones (crossed options, installs, every CUDA source)
 # make mutants plants faults into the kernels and sees whether the tests notice (an hour or more)
 # make fuzz   runs the ops on random options against the reference, and the readers on damaged files (half an hour)
+# make sanitize runs the tests of the CPU kernels under the sanitizers for memory, undefined behaviour and threads
 # make bench  measures the kernels beside their peers, in minutes, into runs/bench
 # make gpu    on a machine with an NVIDIA GPU: build, tests, sanitizers, timings, profiles, into runs/gpu
 # make figures draws the plots of docs/figures from the committed rows
@@ -20,7 +21,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all mutants fuzz bench figures gpu lint format typecheck coverage docs install-matrix wheels doctor clean
+.PHONY: demo test test-all mutants fuzz sanitize bench figures gpu lint format typecheck coverage docs install-matrix wheels doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parrot demo --output runs/demo
@@ -37,6 +38,9 @@ mutants: $(VENV)/.test
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz_ops.py --cases 20000
 	$(BIN)/python tests/fuzz_files.py --cases 100000
+
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py
 
 bench: $(VENV)/.bench
 	$(BIN)/parrot bench --suite quick

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;86;89;90;100;120"
+CONTRACT = runpy.run_path(str(ROOT / "parrot_kernels" / "build_stamp.py"))["stamp"](ROOT / "csrc")
 
 
 def find_compiler() -> str | None:
@@ -52,7 +54,7 @@ class Build:
 
     def __init__(self) -> None:
         self.compiler = find_compiler()
-        self.info: dict[str, object] = {"cpu": False, "cuda": False}
+        self.info: dict[str, object] = {"cpu": False, "cuda": False, "contract": CONTRACT}
         wanted = os.environ.get("PARROT_BUILD_CUDA", "auto").lower()
         if wanted not in ("auto", "0", "1"):
             raise SystemExit(f"PARROT_BUILD_CUDA must be auto, 0 or 1; got {wanted!r}.")
@@ -75,7 +77,8 @@ class Build:
 
     def write_info(self, command: BuildPython | BuildKernels) -> None:
         """Put the record beside the modules: in the sources of an editable install, else in what becomes the wheel."""
-        root = ROOT if command.editable_mode else Path(command.build_lib)
+        beside_sources = command.editable_mode or getattr(command, "inplace", False)
+        root = ROOT if beside_sources else Path(command.build_lib)
         package = root / "parrot_kernels"
         package.mkdir(parents=True, exist_ok=True)
         (package / "build_info.json").write_text(json.dumps(self.info, indent=1) + "\n")

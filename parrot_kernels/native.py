@@ -10,11 +10,14 @@ import functools
 import importlib
 import json
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from .build_stamp import stamp
 
 DTYPE_CODES = {  # csrc/include/tensor_view.h
     torch.float32: 0,
@@ -32,6 +35,7 @@ def _load() -> tuple[ModuleType | None, str]:
     """The extension and an empty string, or None and why it can't be loaded."""
     try:  # torch is imported above, so that its OpenMP runtime is in the process before ours asks for one
         module = importlib.import_module("parrot_kernels._C")
+        _warn_if_stale()
         for dtype, code in DTYPE_CODES.items():
             module.register_dtype(dtype, code)
         return module, ""
@@ -40,6 +44,18 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the compiled extension is absent: {reason}"
     except ImportError as exception:
         return None, f"the compiled extension is present but does not load: {exception}"
+
+
+def _warn_if_stale() -> None:
+    """In a checkout, what the kernels are called with may change after they were compiled."""
+    built, wanted = build_info().get("contract"), stamp(Path(__file__).parents[1] / "csrc")
+    if wanted is not None and wanted != built:
+        warnings.warn(
+            f"parrot_kernels: the compiled extension is called otherwise ({built or 'unknown'}) than this checkout "
+            f"calls it ({wanted}): it may fail, or end the process. Build it again: pip install --no-deps -e .",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @functools.lru_cache(maxsize=1)

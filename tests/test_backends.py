@@ -26,6 +26,13 @@ def test_extension_is_built_where_a_compiler_is():
     assert native.why_missing("cpu") is None, native.why_missing("cpu")
 
 
+def test_an_extension_older_than_its_checkout_is_told(monkeypatch):
+    native._warn_if_stale()  # this one is of this checkout: a warning would be an error
+    monkeypatch.setattr(native, "build_info", lambda: {"contract": "00000000"})
+    with pytest.warns(RuntimeWarning, match=r"\(00000000\) .* Build it again: pip install --no-deps -e \."):
+        native._warn_if_stale()
+
+
 def test_cpu_is_served_by_the_compiled_kernel(fake_op):
     assert backends.select(fake_op, "cpu", torch.float32) == "cpu"
 

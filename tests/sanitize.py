@@ -1,0 +1,85 @@
+"""The tests of the CPU kernels under GCC's sanitizers; exit status 1 if one has anything to report, or a test fails.
+
+    python tests/sanitize.py [memory|threads ...]     by default both
+
+memory: addresses and undefined behaviour. threads: races; what libgomp does to start, join and meet threads is told to
+the sanitizer by `sanitize_openmp.cpp`, as it can't see into it. Builds a copy of the sources for each (runs/sanitize).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+from distributions import IGNORED, ROOT
+
+OUTPUT = ROOT / "runs" / "sanitize"
+FLAGS = "-g1 -fno-omit-frame-pointer -fno-sanitize-recover=undefined"
+KINDS = {"memory": ("address,undefined", "libasan.so"), "threads": ("thread", "libtsan.so")}
+TESTS = {
+    "memory": "sinkhorn_cpu sinkhorn_cpu_backward sinkhorn_cpu_streaming_backward scan_cpu conv_cpu "
+    "selective_state_update causal_conv1d_update parallel_branch_fusion workspace_limit processes fuzz",
+    "threads": "processes sinkhorn_cpu sinkhorn_cpu_backward sinkhorn_cpu_streaming_backward scan_cpu conv_cpu fuzz",
+}
+SELECTED = "not interpreter and not cuda and not triton and not spawn and not forkserver"
+# Python and torch leak by design, and torch frees with one allocator what another one made.
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:history_size=4:exitcode=66",
+}
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def library(name: str) -> str:
+    """Where GCC keeps a runtime; it comes before libstdc++, whose exceptions it intercepts."""
+    done = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def check(kind: str) -> bool:
+    sanitizers, runtime = KINDS[kind]
+    folder = OUTPUT / kind
+    shutil.rmtree(folder, ignore_errors=True)
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*IGNORED))
+
+    def run(*command: str, **variables: str) -> int:
+        return subprocess.run(command, cwd=source, env={**os.environ, **variables}, check=False).returncode
+
+    flags = f"-fsanitize={sanitizers} {FLAGS}"
+    if run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", CXXFLAGS=flags, PARROT_BUILD_CUDA="0"):
+        return False
+    preload = [library(runtime), library("libstdc++.so")]
+    if kind == "threads":
+        shim = folder / "openmp.so"
+        if run(compiler(), "-O2", "-shared", "-fPIC", "tests/sanitize_openmp.cpp", "-o", str(shim), "-fopenmp", "-ldl"):
+            return False
+        preload.insert(1, str(shim))
+    options = {name: f"{value}:log_path={folder / 'report'}" for name, value in OPTIONS.items()}
+    files = [f"tests/test_{name}.py" for name in TESTS[kind].split()]
+    tests = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", SELECTED, *files)
+    threads = {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive"}
+    status = run(*tests, LD_PRELOAD=":".join(preload), PYTHONPATH=str(source), **threads, **options)
+    reports = sorted(folder.glob("report.*"))
+    for report in reports:
+        print(report.read_text(errors="replace")[:4000])
+    print(f"{kind}: tests {'failed' if status else 'passed'}, {len(reports)} processes with reports")
+    return status == 0 and not reports
+
+
+def main() -> int:
+    kinds = sys.argv[1:] or list(KINDS)
+    if unknown := set(kinds) - set(KINDS):
+        print(f"no such sanitizer: {', '.join(unknown)}; there are {', '.join(KINDS)}", file=sys.stderr)
+        return 2
+    return 0 if all([check(kind) for kind in kinds]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
