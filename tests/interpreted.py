@@ -25,18 +25,25 @@ def _call(module: str, name: str, arguments: dict[str, Any]) -> None:
     getattr(importlib.import_module(module), name).__wrapped__(**arguments)
 
 
-def _interpreting() -> bool:
+def _begin() -> None:
     import triton.language as tl
+    from triton.runtime import interpreter
 
-    return os.environ.get("TRITON_INTERPRET") == "1" and type(tl.sum).__name__ != "JITFunction"
+    if not isinstance(tl.sum, interpreter.InterpretedFunction):
+        raise RuntimeError("the worker process does not interpret Triton kernels")
+    # Three quarters of a test's time would go for nothing. A launch patches the functions of triton.language, and each
+    # call of a device function all of them again: once for those in triton.language.core, and for good, is enough.
+    # And whether integers overflow is computed for an assertion that is not made.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter._patch_lang(tl.sum.fn)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
 @functools.lru_cache(maxsize=1)
 def _worker() -> ProcessPoolExecutor:
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):  # the worker inherits it when first used
-        if not pool.submit(_interpreting).result():
-            raise RuntimeError("the worker process does not interpret Triton kernels")
+        pool.submit(_begin).result()
     atexit.register(pool.shutdown)
     return pool
 
