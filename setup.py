@@ -101,6 +101,10 @@ class BuildKernels(build_ext):
 
     editable_mode = False  # setuptools sets it on the instance
 
+    def run(self) -> None:
+        super().run()
+        BUILD.write_info(self)  # not before: setuptools forgets `inplace` while it builds
+
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         cuda = BUILD.nvcc is not None
@@ -117,7 +121,6 @@ class BuildKernels(build_ext):
             BUILD.info |= {"nvcc": self.version(BUILD.nvcc), "cuda_archs": BUILD.archs}
         if not built:
             BUILD.info["reason"] = f"{BUILD.compiler} did not compile it"
-        BUILD.write_info(self)
         if not built:  # the extension is optional: setuptools goes on without it
             say("pure Python install: the kernels did not compile (messages above).")
             raise CompileError("the kernels did not compile")
