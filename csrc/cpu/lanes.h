@@ -47,8 +47,8 @@ PARROT_INLINE Vec<float> exp2(Vec<float> x) {
     x = vmin(broadcast(high), vmax(broadcast(low), x));
     const Vec<float> shifted = x + Exponent<float>::round, f = x - (shifted - Exponent<float>::round);
     const Vec<float> p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + 1.0f;
-    return bit_cast<Vec<float>>(bit_cast<IntVec<float>>(p) +
-                                (bit_cast<IntVec<float>>(shifted) << Exponent<float>::mantissa_bits));
+    return bit_cast<Vec<float>>(bit_cast<BitVec<float>>(p) +
+                                (bit_cast<BitVec<float>>(shifted) << Exponent<float>::mantissa_bits));
 #endif
 }
 PARROT_INLINE Vec<double> exp2(Vec<double> x) { return exp<double>(x * 0.69314718055994530942); }
@@ -207,7 +207,7 @@ PARROT_INLINE Vec<F> load_as(const T* p) {
         typedef uint16_t Bits __attribute__((vector_size(2 * W)));
         Bits bits;
         std::memcpy(&bits, p, sizeof(bits));
-        return bit_cast<Vec<F>>(__builtin_convertvector(bits, IntVec<F>) << 16);
+        return bit_cast<Vec<F>>(__builtin_convertvector(bits, BitVec<F>) << 16);
     } else {
         F converted[W];
         for (int i = 0; i < W; ++i) converted[i] = to_real<F>(p[i]);
@@ -229,9 +229,9 @@ PARROT_INLINE void store_as(T* p, Vec<F> v) {
 #endif
     } else if constexpr (std::is_same<T, bfloat16>::value) {  // as to_bf16
         typedef uint16_t Bits __attribute__((vector_size(2 * W)));
-        const IntVec<F> bits = bit_cast<IntVec<F>>(v);
-        const IntVec<F> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        const IntVec<F> chosen = (bits & 0x7fffffff) > 0x7f800000 ? ((bits >> 16) | 0x40) : rounded;
+        const BitVec<F> bits = bit_cast<BitVec<F>>(v);
+        const BitVec<F> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        const BitVec<F> chosen = (bits & 0x7fffffff) > 0x7f800000 ? ((bits >> 16) | 0x40) : rounded;
         const Bits narrow = __builtin_convertvector(chosen, Bits);
         std::memcpy(p, &narrow, sizeof(narrow));
     } else {

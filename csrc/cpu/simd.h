@@ -39,17 +39,21 @@ template <>
 struct VectorOf<float> {
     typedef float type __attribute__((vector_size(kVectorBytes)));
     typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
+    typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
     typedef double type __attribute__((vector_size(kVectorBytes)));
     typedef int64_t ints __attribute__((vector_size(kVectorBytes)));
+    typedef uint64_t bits __attribute__((vector_size(kVectorBytes)));
 };
 
 template <typename T>
 using Vec = typename VectorOf<T>::type;
 template <typename T>
 using IntVec = typename VectorOf<T>::ints;  // same lanes as Vec<T>; comparisons give it, 0 or -1
+template <typename T>
+using BitVec = typename VectorOf<T>::bits;  // for sums that may wrap, as those of lanes that are then dropped
 
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
@@ -254,7 +258,7 @@ PARROT_INLINE Vec<T> exp(Vec<T> x) {
     for (int i = 1; i <= E::exp_terms; ++i) p = p * r + E::exp_poly[i];
     p = p * (r * r) + r + T(1);
     // The low bits of `shifted` hold n; the shift drops the rest.
-    const IntVec<T> scaled = bit_cast<IntVec<T>>(p) + (bit_cast<IntVec<T>>(shifted) << E::mantissa_bits);
+    const BitVec<T> scaled = bit_cast<BitVec<T>>(p) + (bit_cast<BitVec<T>>(shifted) << E::mantissa_bits);
     return x < E::lowest ? Vec<T>{} : bit_cast<Vec<T>>(scaled);
 }
 
@@ -267,11 +271,11 @@ PARROT_INLINE Vec<T> log(Vec<T> x) {
     const T lift = static_cast<T>(int64_t{1} << (E::mantissa_bits + 1));  // makes denormals normal
     const IntVec<T> small = x < E::tiny;
     x = small ? x * lift : x;
-    const IntVec<T> bits = bit_cast<IntVec<T>>(x);
+    const BitVec<T> bits = bit_cast<BitVec<T>>(x);
     // The exponent that leaves a mantissa in [sqrt(1/2), sqrt(2)).
-    const IntVec<T> root = bit_cast<IntVec<T>>(broadcast(static_cast<T>(0.70710678118654752)));
-    const IntVec<T> e = (bits - root) >> E::mantissa_bits;
-    const Vec<T> m = bit_cast<Vec<T>>(bits - (e << E::mantissa_bits));
+    const BitVec<T> root = bit_cast<BitVec<T>>(broadcast(static_cast<T>(0.70710678118654752)));
+    const IntVec<T> e = bit_cast<IntVec<T>>(bits - root) >> E::mantissa_bits;
+    const Vec<T> m = bit_cast<Vec<T>>(bits - (bit_cast<BitVec<T>>(e) << E::mantissa_bits));
     const Vec<T> s = (m - T(1)) / (m + T(1)), s2 = s * s;
     Vec<T> p = broadcast(T(1) / (2 * E::log_terms + 1));
     PARROT_UNROLL
