@@ -85,7 +85,8 @@ def assert_matches(
         if arguments[name] is not None:
             want[f"d{name}"] = want[f"d{name}"].masked_fill(arguments[name] < TINY, 0)
     for name, value in got.items():
-        assert_close(value, want[name], "sinkhorn_grad", name, scale)
+        # Of sums that cancel, each 1 / eps times as large: PyTorch's own rounding is as far off.
+        assert_close(value, want[name], "sinkhorn_grad", name, 4 * scale if name == "deps" else scale)
     return got
 
 
