@@ -125,10 +125,6 @@ class BuildKernels(build_ext):
             say("pure Python install: the kernels did not compile (messages above).")
             raise CompileError("the kernels did not compile")
 
-    def copy_extensions_to_source(self) -> None:
-        super().copy_extensions_to_source()
-        BUILD.write_info(self)  # `inplace` is hidden from build_extension
-
     def build(self, target: Path, cuda: bool) -> bool:
         import pybind11
 
