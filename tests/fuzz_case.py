@@ -60,6 +60,10 @@ class Case:
     def oracle(self, tensors: Tensors) -> Tensors:
         raise NotImplementedError
 
+    def cancelling(self, name: str) -> float:
+        """How many times larger than a gradient the terms may be that cancel in it."""
+        return 1.0
+
     def describe(self) -> str:
         shapes = {name: (tuple(self._sizes[name]), str(t.dtype)[6:]) for name, t in self.tensors.items()}
         options = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in self.options.items()}

@@ -110,9 +110,7 @@ def check(op: str, seed: int) -> Outcome:
         relative = max(tolerance(kind, value.dtype), tolerance(kind, case.dtype)) * case.terms
         if name[0] == "d" and case.options.get("gradient") == "implicit":
             relative *= 100  # the condition of the system it solves
-        if name == "deps":  # of terms that cancel and are 1 / eps times as large as those of other gradients
-            relative /= min(1.0, wide["eps"].min().item())
-        bound = relative * max(1.0, expected.abs().max().item())
+        bound = relative * case.cancelling(name) * max(1.0, expected.abs().max().item())
         if not worst <= bound:
             rounded = rounded or run(case.oracle, case, _rounded(case, wide, seed))
             assert torch.isfinite(value).all(), f"{name}: not finite"

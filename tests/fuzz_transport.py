@@ -139,6 +139,25 @@ class Sinkhorn(Case):
         self.gradients_count = not implicit or bool((out["error"] <= 1e-3).all())
         return {name: t.squeeze(0) for name, t in out.items()} if self.single else out
 
+    def cancelling(self, name: str) -> float:
+        # What comes through the cost is 1 / eps times as large. All of it cancels where a plan is as good as hard.
+        eps = self.tensors["eps"].min().item() if "eps" in self.tensors else self.options["eps"]
+        if name == "deps":
+            return max(1.0, 1 / eps)
+        scale = self.options["cost_scale"]
+        if name not in ("dx", "dy", "dcost") or scale == "max" or self.largest_cost() < 100 * eps * scale:
+            return 1.0
+        return max(1.0, 1 / (eps * scale))
+
+    def largest_cost(self) -> float:
+        if 0 in self.shape:
+            return 0.0
+        whole = self.expand({name: t.double() for name, t in self.tensors.items()})
+        if "cost" in whole:
+            return whole["cost"].max().item()
+        distance = torch.cdist(whole["x"], whole["y"]).max().item()
+        return {"euclidean": distance, "sqeuclidean": distance**2, "cosine": 2.0}[self.options["cost"]]
+
     def spread(self, dim: int) -> float:
         return 30.0 if self.maybe(0.08) and self.dtype == torch.float64 else 1.0
 
@@ -196,6 +215,9 @@ class SinkhornDivergence(Sinkhorn):
     """Against the same formulas over the reference, whose derivation has tests of its own."""
 
     terms = 4
+
+    def cancelling(self, name: str) -> float:
+        return 1.0  # the plan takes no part in its gradient
 
     def spread(self, dim: int) -> float:
         return dim**-0.5  # else the cost, which nothing scales here, is a large multiple of eps
