@@ -31,7 +31,7 @@ SELECTED = "not interpreter and not cuda and not triton and not spawn and not fo
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:handle_segv=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",  # so that a test notices what its process did
-    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:history_size=4:exitcode=66",
+    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:history_size=4:exitcode=66:handle_segv=0:die_after_fork=0",
 }
 REPORT = re.compile(r"runtime error:|(ERROR|WARNING): \w+Sanitizer")
 

@@ -42,10 +42,21 @@ extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads,
     __tsan_acquire(&region.end);
 }
 
-extern "C" void GOMP_barrier() {
-    static const auto libgomp = original(&GOMP_barrier, "GOMP_barrier");
+// All that the threads of a region did before they meet is done when they go on.
+template <typename Function>
+void meet(Function wait) {
     Region* const region = current;
     if (region) __tsan_release(&region->meeting);
-    libgomp();
+    wait();
     if (region) __tsan_acquire(&region->meeting);
+}
+
+extern "C" void GOMP_barrier() {
+    static const auto libgomp = original(&GOMP_barrier, "GOMP_barrier");
+    meet(libgomp);
+}
+
+extern "C" void GOMP_loop_end() {  // that of a loop whose iterations are handed out one by one
+    static const auto libgomp = original(&GOMP_loop_end, "GOMP_loop_end");
+    meet(libgomp);
 }
