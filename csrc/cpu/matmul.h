@@ -48,8 +48,13 @@ PARROT_INLINE int64_t packed_index(int64_t row, int64_t vector, int64_t depth, i
 // Packs row `row` (`vectors` full vectors, aligned and padded), times `factor`.
 template <typename T>
 PARROT_INLINE void pack_row(T* packed, const T* in, T factor, int64_t row, int64_t depth, int64_t vectors) {
-    for (int64_t v = 0; v < vectors; ++v)
-        store(packed + packed_index<T>(row, v, depth, vectors), load(in + v * kLanes<T>) * factor);
+    constexpr int64_t full = kTileVectors<T>;
+    int64_t v = 0;
+    for (T* out = packed + row * full * kLanes<T>; v + full <= vectors; v += full, out += panel_offset<T>(1, depth)) {
+        PARROT_UNROLL
+        for (int k = 0; k < full; ++k) store(out + k * kLanes<T>, load(in + (v + k) * kLanes<T>) * factor);
+    }
+    for (; v < vectors; ++v) store(packed + packed_index<T>(row, v, depth, vectors), load(in + v * kLanes<T>) * factor);
 }
 
 // Rows and columns in steps of kLanes, so that plain and blocked matrices can be walked alike: A(row, k) lies at

@@ -52,37 +52,43 @@ struct PairwiseCost {
         }
     }
 
-    // One row of x_rows or y_rows, and its term of the cost.
-    void prepare_row(const T* points, T* rows, T* norms, int64_t i, bool valid) const {
-        const T* in = points + i * feature_stride;
-        T* out = rows + i * feature_stride;
+    // A group of kLanes rows of x_rows or y_rows, and their terms of the cost.
+    void prepare_group(const T* points, T* rows, T* norms, int64_t group, int64_t count) const {
+        const int64_t begin = group * kLanes<T>;
         const bool cosine = kind == CostKind::cosine;
-        Vec<T> squares{};
+        const T* in = points + begin * feature_stride;
+        T* out = rows + begin * feature_stride;
+        Vec<T> squares[kLanes<T>] = {};
         for (int64_t d = 0; d < feature_stride; d += kLanes<T>) {
-            const Vec<T> value = valid ? (cosine ? load(in + d) : load(in + d) - load(centre + d)) : Vec<T>{};
-            squares += value * value;
-            store(out + d, value);
+            const Vec<T> origin = cosine ? Vec<T>{} : load(centre + d);
+            PARROT_UNROLL
+            for (int lane = 0; lane < kLanes<T>; ++lane) {
+                const Vec<T> point = load(in + lane * feature_stride + d);
+                const Vec<T> value = begin + lane < count ? point - origin : Vec<T>{};
+                squares[lane] += value * value;
+                store(out + lane * feature_stride + d, value);
+            }
         }
-        const T norm = sum_lanes<T>(squares);
-        norms[i] = cosine ? T(0.5) : norm;
-        if (cosine && norm > 0) {
+        store(norms + begin, sum_each<T>(squares));
+        for (int64_t i = begin; cosine && i < begin + kLanes<T>; ++i, out += feature_stride) {
+            const T norm = norms[i];
+            norms[i] = T(0.5);
+            if (norm == 0) continue;
             const T length = __builtin_sqrt(norm);  // a division, so that vectors of one feature become 1 or -1
             for (int64_t d = 0; d < feature_stride; d += kLanes<T>) store(out + d, load(out + d) / length);
         }
     }
 
-    void prepare(const Team& team) const {
+    // `of_x` are the groups of rows of x that this thread is to prepare; what others prepare it sees after the barrier.
+    void prepare(const Team& team, Team::Range of_x) const {
         if (by_differences()) return;
         if (kind != CostKind::cosine) {
             if (team.rank == 0) find_centre();
             team.barrier();
         }
-        team.for_each(n_pad / kLanes<T>, m_pad / kLanes<T>, [&](bool of_x, int64_t group) {
-            for (int64_t i = group * kLanes<T>; of_x && i < (group + 1) * kLanes<T>; ++i)
-                prepare_row(x, x_rows, x_norms, i, i < n);
-            if (of_x) return;
-            for (int64_t j = group * kLanes<T>; j < (group + 1) * kLanes<T>; ++j)
-                prepare_row(y, y_rows, y_norms, j, j < m);
+        for (int64_t group = of_x.begin; group < of_x.end; ++group) prepare_group(x, x_rows, x_norms, group, n);
+        team.for_each(m_pad / kLanes<T>, [&](int64_t group) {
+            prepare_group(y, y_rows, y_norms, group, m);
             pack_columns(group);
         });
     }

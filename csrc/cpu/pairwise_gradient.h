@@ -36,13 +36,15 @@ struct PairwiseGradient {
             team.barrier();
         }
         const int64_t vectors = stride() / L;
-        team.for_each(pc.n_pad, [&](int64_t i) {
-            if (pc.by_differences()) pc.prepare_row(pc.x, pc.x_rows, pc.x_norms, i, i < pc.n);
-            if (i < pc.n) pack_row(x_packed, pc.x_rows + i * stride(), T(1), i, pc.n, vectors);
+        team.for_each(pc.n_pad / L, [&](int64_t group) {
+            if (pc.by_differences()) pc.prepare_group(pc.x, pc.x_rows, pc.x_norms, group, pc.n);
+            for (int64_t i = group * L; i < (group + 1) * L && i < pc.n; ++i)
+                pack_row(x_packed, pc.x_rows + i * stride(), T(1), i, pc.n, vectors);
         });
-        team.for_each(pc.m_pad, [&](int64_t j) {
-            if (pc.by_differences()) pc.prepare_row(pc.y, pc.y_rows, pc.y_norms, j, j < pc.m);
-            if (j < pc.m) pack_row(y_packed, pc.y_rows + j * stride(), T(1), j, pc.m, vectors);
+        team.for_each(pc.m_pad / L, [&](int64_t group) {
+            if (pc.by_differences()) pc.prepare_group(pc.y, pc.y_rows, pc.y_norms, group, pc.m);
+            for (int64_t j = group * L; j < (group + 1) * L && j < pc.m; ++j)
+                pack_row(y_packed, pc.y_rows + j * stride(), T(1), j, pc.m, vectors);
         });
     }
 

@@ -47,12 +47,21 @@ struct Team {
     int size = 1;  // 0: this thread sits out
     Barrier* meeting = nullptr;
 
+    struct Range {
+        int64_t begin, end;
+    };
+
+    // What is this thread's of [0, count).
+    Range share(int64_t count) const {
+        return size == 0 ? Range{0, 0} : Range{count * rank / size, count * (rank + 1) / size};
+    }
+
     // body(i) for 0 <= i < count. Each thread gets the same range every time, so its blocks stay in its cache;
     // walking it backwards every other time starts with what is still there.
     template <typename Body>
     PARROT_INLINE void for_each(int64_t count, Body&& body, bool backwards = false) const {
         if (size == 0) return;
-        const int64_t begin = count * rank / size, end = count * (rank + 1) / size;
+        const auto [begin, end] = share(count);
         if (backwards)
             for (int64_t i = end - 1; i >= begin; --i) body(i);
         else
@@ -67,7 +76,7 @@ struct Team {
     }
 
     void barrier() const {
-        if (size > 1) meeting->wait(size);
+        if (meeting) meeting->wait(size);
     }
 
     // The team of thread 0 only, for work too small to share.

@@ -28,7 +28,7 @@ struct SinkhornAdjoint {
     static constexpr int L = kLanes<T>;
     static constexpr T kTrusted = T(485165195.4);                                       // e^20
     static constexpr T kLargestLog = T(40), kLargestScaling = T(2.353852668370200e17);  // and e^40
-    static constexpr int64_t kBlockRows = 64, kMaxBlocks = 64, kChunkVectors = 4;
+    static constexpr int64_t kMaxBlocks = 64, kChunkVectors = 4;
     static constexpr int64_t kRowTile = 32, kColumnTile = 4 * kTileVectors<T> * L;  // of the matrix products
     static constexpr int kKept = 64;  // iterations whose p, q, h, w are kept until they go into dc
 
@@ -59,8 +59,9 @@ struct SinkhornAdjoint {
     void set_shape(int64_t n_, int64_t m_) {
         n = n_, m = m_;
         n_pad = round_up<T>(n), m_pad = round_up<T>(m);
-        const int64_t rows = (n_pad + kMaxBlocks - 1) / kMaxBlocks;
-        block_rows = round_up<T>(rows > kBlockRows ? rows : kBlockRows);
+        // Threads share out blocks, so that small problems need small ones.
+        const int64_t rows = (n_pad + kMaxBlocks - 1) / kMaxBlocks, least = n_pad <= 128 ? 32 : 64;
+        block_rows = round_up<T>(rows > least ? rows : least);
         blocks = (n_pad + block_rows - 1) / block_rows;
         chunks = (m_pad / L + kChunkVectors - 1) / kChunkVectors;
     }

@@ -23,8 +23,14 @@ struct BackwardProblem {
     int64_t steps;
     SinkhornAdjoint<T> adjoint;
     SinkhornStreamingAdjoint<T> stream;
-    bool streaming;                       // decided by the problem alone
-    static constexpr int64_t kFolds = 8;  // parts of the rows that add to dy apart
+    bool streaming;  // decided by the problem alone
+    // Whether each thread of a team has the points, the gradients of what was transported to them and what is packed
+    // of both to itself: for few points making them costs less than fetching what another thread made.
+    bool replicated;
+    char* copies;  // (threads, copy_bytes) if replicated
+    size_t copy_bytes;
+    static constexpr int64_t kReplicated = 32768;  // coordinates of all points up to which they are
+    static constexpr int64_t kFolds = 8;           // parts of the rows that add to dy apart
     T *last_F, *last_G;
     T *dy_parts, *tile_packed, *other_packed;  // (kFolds, m_pad, stride), (threads, kRowTile, stride), (features, m)
     PairwiseCost<T> pairwise;
@@ -60,16 +66,14 @@ struct BackwardProblem {
         it.set_shape(length(p.x_lengths, problem, N), length(p.y_lengths, problem, M));
         streaming = 3.0 * sizeof(T) * double(it.n_pad) * double(it.m_pad) > double(p.workspace_limit);
         it.carve(carver, threads, steps, through_cost, !streaming);
-        for (T** array : {&x, &to_x, &dx, &columns_packed}) *array = carver.take<T>(it.n_pad * stride);
-        for (T** array : {&y, &to_y, &dy, &rows_packed, &transposed_packed}) *array = carver.take<T>(it.m_pad * stride);
+        replicated = !streaming && (it.n_pad + it.m_pad) * stride <= kReplicated;
+        copy_bytes = carve_points(nullptr);
+        copies = carver.take<char>((replicated ? threads : 1) * copy_bytes);
+        carve_points(copies);
+        dx = carver.take<T>(it.n_pad * stride), dy = carver.take<T>(it.m_pad * stride);
         products = carver.take<T>(threads * kRowTile * (stride > kColumnTile ? stride : kColumnTile));
         spent = carver.take<T>(it.n_pad);
         eps_rows = carver.take<T>(it.n_pad);
-        pairwise.kind = p.cost;
-        pairwise.n = it.n, pairwise.m = it.m, pairwise.n_pad = it.n_pad, pairwise.m_pad = it.m_pad;
-        pairwise.features = features, pairwise.feature_stride = stride;
-        pairwise.x = x, pairwise.y = y;
-        if (p.cost != CostKind::matrix) pairwise.carve(carver);
         pairwise_gradient.has_near = carver.take<int>(it.n_pad);
         if (streaming) {
             stream.adjoint = &adjoint;
@@ -83,6 +87,22 @@ struct BackwardProblem {
         }
         return carver.used();
     }
+
+    size_t carve_points(char* memory) {
+        Carver carver(memory);
+        const auto& it = adjoint;
+        for (T** array : {&x, &to_x, &columns_packed}) *array = carver.take<T>(it.n_pad * stride);
+        for (T** array : {&y, &to_y, &rows_packed, &transposed_packed}) *array = carver.take<T>(it.m_pad * stride);
+        pairwise.kind = p.cost;
+        pairwise.n = it.n, pairwise.m = it.m, pairwise.n_pad = it.n_pad, pairwise.m_pad = it.m_pad;
+        pairwise.features = features, pairwise.feature_stride = stride;
+        pairwise.x = x, pairwise.y = y;
+        if (p.cost != CostKind::matrix) pairwise.carve(carver);
+        return carver.used();
+    }
+
+    // Who prepares the points that this thread reads.
+    Team preparing(const Team& team) const { return replicated ? Team{} : team; }
 
     bool empty() const { return adjoint.n == 0 || adjoint.m == 0; }
 
@@ -105,28 +125,20 @@ struct BackwardProblem {
             if (p.dy) write_row(RowView(p.dy, problem, j), none, 0, features);
     }
 
-    // Row i of `from`, or zeros.
-    void read_padded(const TensorView& from, int64_t i, int64_t count, T* out) const {
-        const bool given = from && i < count;
-        if (given) read_row(RowView(from, problem, i), features, out);
-        for (int64_t d = given ? features : 0; d < stride; ++d) out[d] = 0;
-    }
-
     // Points, and the gradients of what was transported to them: direct + points * hadamard.
     void read_side(const Team& team, const TensorView& from, const TensorView& direct, const TensorView& hadamard,
-                   int64_t count, int64_t padded, T* points, T* gradients, T* zeroed, T* scratch) const {
-        team.for_each(padded, [&](int64_t i) {
-            T *point = points + i * stride, *gradient = gradients + i * stride;
-            if (i + 4 < count) {
-                RowView(from, problem, i + 4).prefetch(features);
-                if (direct) RowView(direct, problem, i + 4).prefetch(features);
-            }
-            read_padded(from, i, count, point);
-            read_padded(direct, i, count, gradient);
-            if (hadamard) read_padded(hadamard, i, count, scratch);
-            for (int64_t d = 0; d < stride; d += L) {
-                if (hadamard) store(gradient + d, load(gradient + d) + load(point + d) * load(scratch + d));
-                store(zeroed + i * stride + d, Vec<T>{});
+                   int64_t count, int64_t padded, T* points, T* gradients, T* scratch) const {
+        team.for_each(padded / L, [&](int64_t group) {
+            const int64_t begin = group * L, end = begin + L < count ? begin + L : count;
+            read_group(from, problem, begin, count, features, points + begin * stride, stride);
+            read_group(direct, problem, begin, count, features, gradients + begin * stride, stride);
+            for (int64_t i = begin; hadamard && i < end; ++i) {
+                read_row(RowView(hadamard, problem, i), features, scratch);
+                for (int64_t d = features; d < stride; ++d) scratch[d] = 0;
+                const T* point = points + i * stride;
+                T* gradient = gradients + i * stride;
+                for (int64_t d = 0; d < stride; d += L)
+                    store(gradient + d, load(gradient + d) + load(point + d) * load(scratch + d));
             }
         });
     }
@@ -163,8 +175,13 @@ struct BackwardProblem {
     void prepare(const Team& team) {
         auto& it = adjoint;
         T* scratch = my_product(team);
-        read_side(team, p.x, p.grad_y_to_x, p.grad_x_hadamard, it.n, it.n_pad, x, to_x, dx, scratch);
-        read_side(team, p.y, p.grad_x_to_y, p.grad_y_hadamard, it.m, it.m_pad, y, to_y, dy, scratch);
+        const Team readers = preparing(team);
+        read_side(readers, p.x, p.grad_y_to_x, p.grad_x_hadamard, it.n, it.n_pad, x, to_x, scratch);
+        read_side(readers, p.y, p.grad_x_to_y, p.grad_y_hadamard, it.m, it.m_pad, y, to_y, scratch);
+        team.for_each(it.n_pad / L, it.m_pad / L, [&](bool rows, int64_t group) {
+            T* zeroed = (rows ? dx : dy) + group * L * stride;
+            for (int64_t d = 0; d < L * stride; d += L) store(zeroed + d, Vec<T>{});
+        });
         scale = element<T>(p.scale, problem);
         grad_cost = p.grad_transport_cost ? element<T>(p.grad_transport_cost, problem) : T(0);
         constexpr double infinity = std::numeric_limits<double>::infinity();
@@ -174,7 +191,7 @@ struct BackwardProblem {
         it.damp_x = it.balanced_x ? T(1) : T(p.rho_x / (p.rho_x + it.eps));
         it.damp_y = it.balanced_y ? T(1) : T(p.rho_y / (p.rho_y + it.eps));
         it.f_history = p.f_history, it.g_history = p.g_history;
-        if (p.cost != CostKind::matrix) pairwise.prepare(team);
+        if (p.cost != CostKind::matrix) pairwise.prepare(readers, readers.share(it.n_pad / L));
         if (streaming) {
             if (p.cost != CostKind::matrix && !pairwise.by_differences())
                 team.for_each(it.n_pad / L, [&](int64_t group) { stream.by_columns.pairwise.pack_columns(group); });

@@ -89,6 +89,14 @@ struct ForwardProblem {
     // Who prepares the points that this thread reads.
     Team preparing(const Team& team) const { return replicated ? Team{} : team; }
 
+    // Those of the rows of the cost that this thread computes, where points are replicated.
+    Team::Range groups_of_x(const Team& team) const {
+        const int64_t groups = iteration.n_pad / L, each = kRowTile / L;
+        if (!replicated) return team.share(groups);
+        const auto [begin, end] = team.share(row_tiles);
+        return {begin * each, end * each < groups ? end * each : groups};
+    }
+
     bool empty() const { return iteration.n == 0 || iteration.m == 0; }
 
     void write_empty() const {
@@ -113,16 +121,6 @@ struct ForwardProblem {
         element<int32_t>(p.iterations, problem) = result.iterations;
         element<bool>(p.converged, problem) = result.error <= T(p.tol >= 0 ? p.tol : kConverged);
         element<T>(p.scale, problem) = scale;
-    }
-
-    static void read_points(const TensorView& from, int64_t problem, int64_t group, int64_t count, int64_t features,
-                            int64_t stride, T* out) {
-        for (int64_t i = group * kLanes<T>; i < (group + 1) * kLanes<T>; ++i) {
-            if (i + 4 < count) RowView(from, problem, i + 4).prefetch(features);
-            T* row = out + i * stride;
-            if (i < count) read_row(RowView(from, problem, i), features, row);
-            for (int64_t d = i < count ? features : 0; d < stride; ++d) row[d] = 0;
-        }
     }
 
     __attribute__((noinline)) void cost_tile(const Team& team, int64_t tile) {
@@ -160,11 +158,11 @@ struct ForwardProblem {
         auto& it = iteration;
         preparing(team).for_each(it.n_pad / L, it.m_pad / L, [&](bool rows, int64_t group) {
             if (rows)
-                read_points(p.x, problem, group, it.n, features, feature_stride, x);
+                read_group(p.x, problem, group * L, it.n, features, x + group * L * feature_stride, feature_stride);
             else
-                read_points(p.y, problem, group, it.m, features, feature_stride, y);
+                read_group(p.y, problem, group * L, it.m, features, y + group * L * feature_stride, feature_stride);
         });
-        if (p.cost != CostKind::matrix) pairwise.prepare(preparing(team));
+        if (p.cost != CostKind::matrix) pairwise.prepare(preparing(team), groups_of_x(team));
         if (streaming && p.cost != CostKind::matrix && !pairwise.by_differences())
             team.for_each(it.n_pad / L, [&](int64_t group) { stream.by_columns.pairwise.pack_columns(group); });
         team.for_each(row_tiles, [&](int64_t tile) { cost_tile(team, tile); });

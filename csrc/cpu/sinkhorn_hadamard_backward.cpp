@@ -134,7 +134,7 @@ struct Backward : BackwardProblem<T> {
     void through_side(const Team& team, const Side& side) {
         if (!side.needed()) return;
         auto& it = adjoint;
-        pack(team, side);
+        pack(this->preparing(team), side);
         T* product = my_product(team);
         team.for_each(it.blocks, [&](int64_t block) {
             it.clear_partials(block);
@@ -252,7 +252,7 @@ struct Backward : BackwardProblem<T> {
         gradient.cost = it.cost, gradient.gradient = it.dc, gradient.near = it.kernel;
         gradient.unit = it.inverse, gradient.dx = p.dx ? dx : nullptr, gradient.dy = p.dy ? dy : nullptr;
         gradient.x_packed = columns_packed, gradient.y_packed = rows_packed, gradient.sums = it.s;
-        if (points) gradient.prepare(team);
+        if (points) gradient.prepare(this->preparing(team));
         return points;
     }
 
@@ -316,6 +316,7 @@ struct Backward : BackwardProblem<T> {
 
     // On memory that `carve` was given; every thread of the team calls it on its own copy of this object.
     void run(const Team& team) {
+        if (this->replicated) this->carve_points(this->copies + team.rank * this->copy_bytes);
         if (team.rank == 0) {
             adjoint.start(p.a, p.b, streaming ? 0 : steps);
             if (streaming)

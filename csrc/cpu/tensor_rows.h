@@ -99,6 +99,27 @@ inline void read_row(RowView row, int64_t count, T* out) {
     }
 }
 
+// Rows [begin, begin + kLanes) of a problem's (count, features) matrix, padded with zeros to (kLanes, stride); zeros
+// where there is no tensor.
+template <typename T>
+inline void read_group(const TensorView& from, int64_t problem, int64_t begin, int64_t count, int64_t features, T* out,
+                       int64_t stride) {
+    const int64_t valid = !from || count < begin ? 0 : count - begin < kLanes<T> ? count - begin : kLanes<T>;
+    const int64_t whole = features / kLanes<T> * kLanes<T>;
+    for (int64_t i = begin; i < begin + valid; ++i, out += stride) {
+        const RowView row(from, problem, i);
+        if (i + 4 < count) RowView(from, problem, i + 4).prefetch(features);
+        if (const T* plain = row.plain<T>()) {
+            for (int64_t d = 0; d < whole; d += kLanes<T>) store(out + d, load(plain + d));
+            for (int64_t d = whole; d < features; ++d) out[d] = plain[d];
+        } else {
+            read_row(row, features, out);
+        }
+        for (int64_t d = features; d < stride; ++d) out[d] = 0;
+    }
+    for (int64_t d = 0; d < (kLanes<T> - valid) * stride; d += kLanes<T>) store(out + d, Vec<T>{});
+}
+
 // Writes `count` values, then zeros up to `total`.
 template <typename T>
 inline void write_row(RowView row, const T* in, int64_t count, int64_t total) {
