@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 
@@ -11,10 +12,17 @@ os.environ.setdefault("POT_BACKEND_DISABLE_JAX", "1")  # POT imports every frame
 import pytest
 import torch
 
+gc.disable()  # while thousands of tests are collected, of which nothing is garbage
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import extensions
 import pytest
-
-from parrot_kernels import native
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "csrc"
@@ -54,12 +51,7 @@ def module() -> ModuleType:
             for old in folder.glob("*.so"):
                 old.unlink()
             _build(command, library)
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
-    result = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
-    loader.exec_module(result)
-    for dtype, code in native.DTYPE_CODES.items():
-        result.register_dtype(dtype, code)
-    return result
+    return extensions.load(library)
 
 
 def _fingerprint(command: list[str]) -> str:

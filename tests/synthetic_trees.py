@@ -20,11 +20,11 @@ _FOLDERS = {
 }  # fmt: skip
 
 
-def make_tree(name: str, root: Path, limit: int | None = None, seconds: float = 0.05) -> Path:
-    """Write the corpus ``name`` below ``root`` (the first ``limit`` files, if given) and return ``root``."""
+def make_tree(name: str, root: Path, limit: int | None = None, seconds: float = 0.05, step: int = 1) -> Path:
+    """Write the corpus ``name`` below ``root`` (of the first ``limit`` files one in ``step``) and return ``root``."""
     corpus, rate = reader(name), RATES[name]
     time = np.arange(round(rate * seconds)) / rate
-    names = sorted(corpus.expected())[:limit]
+    names = sorted(corpus.expected())[:limit:step]
     for file_name in names:
         folder = root / (_FOLDERS[name] or f"Actor_{file_name[-6:-4]}")
         folder.mkdir(parents=True, exist_ok=True)

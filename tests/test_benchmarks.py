@@ -30,7 +30,7 @@ from parrot.commands import bench
 OPS = [importlib.import_module(f"benchmarks.{name}") for name in run.OPS]
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forward", "both"])
 @pytest.mark.parametrize("op", OPS, ids=run.OPS)
 def test_providers_agree_with_float64(op, both):
     expected = op.expected(op.TINY, both)

@@ -1,4 +1,4 @@
-"""The CPU kernels of causal_conv1d against the fp64 reference (test_scan_cpu.py runs this on every instruction set)."""
+"""The CPU kernels of causal_conv1d against the fp64 reference."""
 
 from __future__ import annotations
 

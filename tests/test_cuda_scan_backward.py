@@ -52,6 +52,7 @@ def test_options_of_any_dtype_and_size(case):
     check(*make(case, dim=6, length=35, states=35, dtype=torch.float64))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("states", [1, 8, 16, 24, 32, 37, 64, 70])
 def test_state_sizes_and_dtypes(states, dtype):

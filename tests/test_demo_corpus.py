@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +35,11 @@ def small(tmp_path_factory) -> Path:
     return demo.synthesise(tmp_path_factory.mktemp("small"), processes=1, **SMALL)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> corpora.Corpus:
-    return corpora.load("demo", demo.synthesise(tmp_path_factory.mktemp("demo"), sentences=2, progress=False))
+@pytest.fixture(scope="module", params=[(8, 1), pytest.param((10, 2), marks=pytest.mark.slow)], ids=str)
+def corpus(request, tmp_path_factory) -> corpora.Corpus:
+    voices, sentences = request.param
+    root = demo.synthesise(tmp_path_factory.mktemp("demo"), voices, sentences, progress=False)
+    return corpora.load("demo", root)
 
 
 def test_names_are_crema_d(small):
@@ -67,7 +70,7 @@ def test_seeds_differ(small, tmp_path):
 
 
 def test_finishes_what_is_missing_and_leaves_the_rest(small, tmp_path):
-    demo.synthesise(tmp_path, **SMALL)
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
     files = sorted((tmp_path / "AudioWAV").iterdir())
     for path in files[3:17]:
         path.unlink()
@@ -134,7 +137,6 @@ def test_bad_arguments(tmp_path, arguments, message):
         demo.synthesise(tmp_path, **arguments)
 
 
-@pytest.mark.sampled(8)
 def test_recordings_are_well_formed(corpus):
     for utterance in corpus.utterances:
         samples, rate = soundfile.read(utterance.path)

@@ -239,10 +239,7 @@ def test_log_mel_is_normalised_over_the_whole_clip():
 
 
 def test_transformers_is_imported_only_for_its_models():
-    code = (
-        "import sys, parrot.encoders as e; e.load('ssam-demo'); assert 'transformers' not in sys.modules; "
-        "e.load('hubert-demo'); assert 'transformers' in sys.modules"
-    )
+    code = "import sys, parrot.encoders as e; e.load('ssam-demo'); assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[1])
 
 

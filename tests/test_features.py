@@ -443,6 +443,7 @@ def test_killed_at_any_time_nothing_is_lost(tmp_path, cache):
     np.testing.assert_array_equal(table.values, direct(corpus))
 
 
+@pytest.mark.slow  # test_store.py has two processes write at once
 def test_two_processes_share_a_cache(tmp_path, cache):
     corpus = make_corpus(tmp_path, 150)
     results = [tmp_path / f"{i}.npy" for i in range(2)]

@@ -329,7 +329,7 @@ def test_what_is_wrong_is_said(call, message, tmp_path):
 
 
 def test_the_command_ends_and_prints_every_row(tmp_path, capsys):
-    corpus = make_tree("crema-d", tmp_path / "corpus", limit=3 * 82, seconds=0.1)
+    corpus = make_tree("crema-d", tmp_path / "corpus", limit=3 * 82, seconds=0.1, step=3)
     command = [
         "reproduce", "table2", "--corpus", f"crema-d:{corpus}", "--encoders", "ssam-demo",
         "hubert-demo", "mms=hubert-demo", "--seeds", "1", "--folds", "3", "--epochs", "1", "--jobs", "1",

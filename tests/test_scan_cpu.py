@@ -1,11 +1,6 @@
-"""The CPU kernels of selective_scan against the fp64 reference, on every instruction set the processor has."""
+"""The CPU kernels of selective_scan against the fp64 reference."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -173,19 +168,3 @@ def test_results_do_not_depend_on_threads_batch_or_padding():
     KERNELS["cpu"].forward(**single, **rest, chunk_size=CHUNK_SIZE, checkpoints=None, out=out, final_state=final_state)
     assert torch.equal(out, together["out"][1:2, :, :60])
     assert torch.equal(final_state, together["final_state"][1:2])
-
-
-@pytest.mark.sampled(4)
-@pytest.mark.skipif("PARROT_CPU_ISA" in os.environ, reason="already on a chosen instruction set")
-@pytest.mark.parametrize("isa", ["v2", "v3"])
-@pytest.mark.parametrize("file", ["test_scan_cpu.py", "test_conv_cpu.py"])
-def test_lower_instruction_sets(file, isa):
-    if native.extension().isa <= isa:
-        pytest.skip(f"the processor has nothing above {isa}")
-    environment = {**os.environ, "PARROT_CPU_ISA": isa}
-    root = Path(__file__).parents[1]
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", Path(__file__).with_name(file)]
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert " passed" in result.stdout

@@ -6,9 +6,6 @@ Each test runs twice: with matrices that are kept, and tile by tile, as beyond t
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -310,14 +307,3 @@ def test_nan_stays_in_its_problem():
     for name in want:
         assert torch.equal(got[name][::2], want[name][::2]), name
     assert got["y_to_x"][1].isnan().any()
-
-
-@pytest.mark.sampled(99)
-@pytest.mark.parametrize("isa", ["v2", "v3"])
-def test_other_instruction_sets(isa):
-    if "PARROT_CPU_ISA" in os.environ or native.extension().isa <= isa:
-        pytest.skip("nothing but the best instruction set of this machine is left to run")
-    which = "kept" if native.workspace_limit() else "tiled"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", which]
-    done = subprocess.run(command, env={**os.environ, "PARROT_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]

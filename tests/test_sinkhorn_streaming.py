@@ -41,7 +41,7 @@ def streaming(test: Callable[..., None]) -> Callable[..., None]:
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 37, 3), (1, 35, 1, 2), (1, 33, 17, 20), (1, 16, 32, 16)])
 @streaming
 def test_outputs_at_odd_shapes(shape):
-    check(*points(*shape), n_iters=4)
+    check(*points(*shape), n_iters=2)
 
 
 @pytest.mark.sampled(4)
@@ -50,26 +50,26 @@ def test_outputs_at_odd_shapes(shape):
 @streaming
 def test_costs(cost, cost_scale):
     extra = {"cost_matrix": torch.rand(1, 20, 35)} if cost == "matrix" else {"cost": cost}
-    check(*points(1, 20, 35, 3), cost_scale=cost_scale, eps=0.1, n_iters=5, **extra)
+    check(*points(1, 20, 35, 3), cost_scale=cost_scale, eps=0.1, n_iters=2, **extra)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @streaming
 def test_half_precision_inputs(dtype):
-    check(*points(1, 20, 35, 5, dtype), n_iters=5)
+    check(*points(1, 20, 35, 5, dtype), n_iters=2)
 
 
 @streaming
 def test_weights_with_zeros():
     a, b = torch.rand(1, 20).softmax(1), torch.rand(1, 35).softmax(1)
     a[0, 3] = b[0, :2] = 0.0
-    check(*points(1, 20, 35, 3), a=a, b=b, n_iters=5)
+    check(*points(1, 20, 35, 3), a=a, b=b, n_iters=3)
 
 
 @pytest.mark.parametrize(("rho_x", "rho_y"), [(0.5, 0.5), (0.3, None), (None, 2.0)])
 @streaming
 def test_unbalanced(rho_x, rho_y):
-    check(*points(1, 20, 18, 3), rho_x=rho_x, rho_y=rho_y, a=torch.rand(1, 20), n_iters=5)
+    check(*points(1, 20, 18, 3), rho_x=rho_x, rho_y=rho_y, a=torch.rand(1, 20), n_iters=3)
 
 
 @pytest.mark.slow
@@ -96,27 +96,27 @@ def test_a_problem_that_runs_out_of_iterations_says_so():
 
 @streaming
 def test_lengths():
-    check(*points(3, 20, 35, 3), **LENGTHS, n_iters=4)
+    check(*points(3, 20, 35, 3), **LENGTHS, n_iters=2)
     extra = {"a": torch.rand(3, 20), "b": torch.rand(3, 35), "rho_x": 1.0, "tol": 1e-4}
-    check(*points(3, 20, 35, 3), **LENGTHS, **extra, cost_matrix=torch.rand(3, 20, 35), n_iters=4)
+    check(*points(3, 20, 35, 3), **LENGTHS, **extra, cost_matrix=torch.rand(3, 20, 35), n_iters=3)
 
 
 @streaming
 def test_empty_problems_give_zeros():
     lengths = {"x_lengths": torch.tensor([0, 5, 20]), "y_lengths": torch.tensor([6, 0, 18])}
     lengths = {name: value.int() for name, value in lengths.items()}
-    got = launch(*points(3, 20, 18, 3), **lengths, n_iters=3)
+    got = launch(*points(3, 20, 18, 3), **lengths, n_iters=2)
     for name in set(OUTPUTS) - {"scale"}:
         assert torch.all(got[name][:2] == 0), name
         assert torch.isfinite(got[name][2]).all(), name
-    assert got["iterations"].tolist() == [0, 0, 3]
+    assert got["iterations"].tolist() == [0, 0, 2]
     assert got["converged"].tolist()[:2] == [True, True]
 
 
 @streaming
 def test_optional_outputs_change_nothing():
     x, y = points(1, 20, 35, 3)
-    full, short = launch(x, y, n_iters=3), launch(x, y, n_iters=3, without=("plan", "f_history", "g_history"))
+    full, short = launch(x, y, n_iters=2), launch(x, y, n_iters=2, without=("plan", "f_history", "g_history"))
     for name in set(OUTPUTS) - {"plan"}:
         assert torch.equal(full[name], short[name]), name
 
@@ -146,9 +146,9 @@ def test_batch_mates_and_padding_change_no_bit():
 @streaming
 def test_a_nan_stays_in_its_problem():
     x, y = points(2, 20, 18, 3)
-    clean = launch(x, y, n_iters=3)
+    clean = launch(x, y, n_iters=2)
     x[0, 2, 1] = math.nan
-    dirty = launch(x, y, n_iters=3)
+    dirty = launch(x, y, n_iters=2)
     assert dirty["y_to_x"][0].isnan().all()
     for name in OUTPUTS:
         assert torch.equal(clean[name][1], dirty[name][1]), name
@@ -157,9 +157,9 @@ def test_a_nan_stays_in_its_problem():
 @streaming
 def test_coincident_and_near_points():
     x, _ = points(1, 20, 18, 3)
-    check(x, x.clone(), n_iters=4)
-    check(x + 1000.0, x + 1000.0 + 0.01 * torch.randn_like(x), n_iters=4)
-    check(torch.ones(1, 17, 3), torch.ones(1, 4, 3), n_iters=4)
+    check(x, x.clone(), n_iters=3)
+    check(x + 1000.0, x + 1000.0 + 0.01 * torch.randn_like(x), n_iters=3)
+    check(torch.ones(1, 17, 3), torch.ones(1, 4, 3), n_iters=2)
 
 
 @streaming
@@ -176,8 +176,8 @@ def test_near_points_behind_a_far_origin():
 @streaming
 def test_strided_inputs():
     x, y = points(2, 20, 18, 4)
-    want = launch(x, y, n_iters=3)
-    got = launch(x.mT.contiguous().mT, torch.cat([y, y], 2)[..., :4], n_iters=3)
+    want = launch(x, y, n_iters=2)
+    got = launch(x.mT.contiguous().mT, torch.cat([y, y], 2)[..., :4], n_iters=2)
     for name in OUTPUTS:
         assert torch.equal(want[name], got[name]), name
 
