@@ -40,7 +40,7 @@ def module() -> ModuleType:
         pytest.skip("needs g++ and the headers of the CUDA toolkit")
     include = [SOURCES, SOURCES / "include", SOURCES / "cuda", SOURCES / "cpu", toolkit, pybind11.get_include()]
     include.append(Path(sys.base_prefix) / "include" / f"python3.{sys.version_info.minor}")
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+    command = [compiler, "-std=c++17", "-Og", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
     command += [f"-I{path}" for path in include]
     folder = SOURCES.parent / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,8 @@ def test_one_kernel_compiles_for_every_architecture():
 @pytest.mark.slow
 @pytest.mark.skipif(aot.cuda_tool("nvcc") is None, reason="needs nvcc")
 def test_cuda_sources_compile_without_spills():
-    done = command("--cuda", "--arch", "90", "--jobs", "2")
+    """One of them; test_cuda_compile.py compiles all."""
+    done = command("--cuda", "--kernel", "selective_scan_forward_f64", "--arch", "90", "--jobs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "selective_scan" in done.stdout
 
