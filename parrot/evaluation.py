@@ -179,9 +179,11 @@ def widths(features: Features) -> list[int | tuple[int, ...]]:
 
 
 def digest(array: np.ndarray | StoredRows | Ragged) -> str:
-    """Hash of an array's dtype, shape and values, or of sequences'; the same for rows on disk."""
+    """Hash of an array's dtype, shape and values, or of sequences' and their lengths; the same for rows on disk."""
     if isinstance(array, Ragged | StoredSequences):
-        state = hashlib.sha256(f"{array.shape}{array.lengths.tolist()}".encode())
+        # Not the whole shape: what a selection shares its memory with is no part of it.
+        facts = f"sequences {array.dtype}{array.shape[1:]}{array.lengths.tolist()}"
+        state = hashlib.sha256(facts.encode())
         for start in range(0, len(array), 1024):
             for sequence in array[start : start + 1024]:
                 state.update(np.ascontiguousarray(sequence).data)

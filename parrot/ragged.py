@@ -41,6 +41,11 @@ class Ragged:
         """That of ``values``."""
         return self.values.shape
 
+    @property
+    def dtype(self) -> np.dtype:
+        """That of ``values``."""
+        return self.values.dtype
+
     def __len__(self) -> int:
         return len(self.lengths)
 

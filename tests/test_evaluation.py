@@ -299,11 +299,28 @@ def test_what_neither_weights_nor_layers_show_is_in_the_key():
     assert tuned("hubert-demo") == tuned("hubert-demo") != tuned("hubert-demo#0")
 
 
-def test_the_key_of_sequences_tells_their_values_and_where_they_end():
+def test_the_key_of_sequences_tells_dtype_shape_order_and_values():
     values = np.arange(12, dtype=np.float32).reshape(6, 2)
 
     def key(*ends, values=values):
         return evaluation.digest(Ragged.join(np.split(values, ends)))
 
-    assert key(2, 3) == key(2, 3)
-    assert len({key(2, 3), key(2, 4), key(2), key(2, 3, values=values + 1), evaluation.digest(values)}) == 5
+    distinct = [
+        key(2, 3),
+        key(2, 4),
+        key(2),
+        key(2, 3, values=values + 1),
+        key(2, 3, values=values[::-1]),
+        key(2, 3, values=values.astype(np.float64)),
+        key(2, 3, values=values.view(np.int32)),
+        key(2, 3, values=values[:, :, None]),
+        evaluation.digest(values),
+    ]
+    assert key(2, 3) == key(2, 3) == key(2, 3, values=np.asfortranarray(values))
+    assert len(set(distinct)) == len(distinct)
+    zeros = [key(2, 3, values=np.zeros(shape, dtype)) for shape, dtype in (((6, 2), np.float32), ((6, 1), np.float64))]
+    assert zeros[0] != zeros[1]  # equal bytes
+
+    sequences = Ragged.join(np.split(values, (2, 3)))
+    assert evaluation.digest(sequences.select([2, 0])) == evaluation.digest(Ragged.join(sequences[[2, 0]]))
+    assert evaluation.digest(sequences.select([2, 0])) != evaluation.digest(sequences.select([0, 2]))

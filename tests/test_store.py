@@ -22,6 +22,7 @@ from parrot import store
 from parrot.corpora.splits import Fold
 from parrot.evaluation import digest
 from parrot.model import build
+from parrot.ragged import Ragged
 from parrot.store import FeatureStore, StoredRows
 from parrot.training import TrainingConfig, predict, train
 
@@ -150,6 +151,7 @@ def test_ragged(tmp_path):
     for got, number in zip(rows[:], order, strict=True):
         np.testing.assert_array_equal(got, frames(number))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows.select([2])))[0], frames(19))
+    assert digest(rows) == digest(Ragged.join([frames(number) for number in order]))
     with pytest.raises(ValueError, match="different numbers of frames"):
         np.asarray(rows)
 
