@@ -221,7 +221,7 @@ def test_info_and_module_entry():
     ],
 )
 def test_other_inputs_from_training_to_prediction(demo, clips, tmp_path, capsys, system, title, alone):
-    options = ["--cache", tmp_path / "features", "--output", tmp_path, "--folds", "3", "--epochs", "1", *DEMO[6:]]
+    options = ["--cache", tmp_path / "features", "--output", tmp_path, "--folds", "2", "--epochs", "1", *DEMO[6:]]
     systems = ["--systems", "concat", system, "--final", system]
     corpus = ["--corpus", "demo", demo / "corpus", "--encoders", "ssam-demo", "hubert-demo"]
     assert main([str(a) for a in ("train", *corpus, *systems, *options)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -32,8 +33,22 @@ def launch(*command: str | Path) -> subprocess.CompletedProcess:
 
 
 def run(case: str, folder: Path) -> None:
-    done = launch(ROOT / "tests" / "distributed_cases.py", case, folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+    """In two processes, as a launcher starts them: its own start takes seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in ("0", "1"):
+        with (folder / f"{case}-{rank}.log").open("w") as log:
+            command, ranks = [sys.executable, cases.__file__, case, str(folder)], {"RANK": rank, "LOCAL_RANK": rank}
+            processes.append(subprocess.Popen(command, env={**common, **ranks}, cwd=ROOT, stdout=log, stderr=log))
+    try:
+        for rank, process in enumerate(processes):
+            assert process.wait(300) == 0, (folder / f"{case}-{rank}.log").read_text()[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 pytest.importorskip("accelerate")

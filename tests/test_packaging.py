@@ -30,6 +30,8 @@ def source(tmp_path):
             shutil.copytree(path, target / name, ignore=skip)
         else:
             shutil.copy2(path, target / name)
+    build = target / "csrc" / "CMakeLists.txt"
+    build.write_text(build.read_text().replace("-O3", "-O0"))  # nothing is computed with it
     return target
 
 
