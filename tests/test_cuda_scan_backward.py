@@ -120,6 +120,7 @@ def test_extreme_steps(softplus, scale):
     check(inputs, options)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_padding_batch_mates_and_parallel_chunks_change_no_bit(reverse, monkeypatch):
     inputs, options = make(

@@ -29,6 +29,7 @@ def check(given: dict[str, Any], scale: float = 1.0, **options: Any) -> dict[str
     return assert_matches(given, scale, kernels="cuda", **options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gradient", MODES)
 @pytest.mark.parametrize("dtype", [FP32, FP64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -82,6 +83,7 @@ def test_coincident_equal_and_zero_points(cost):
     check({**given, "cost": cost})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("gradient", MODES)
 def test_one_gradient_at_a_time(name, gradient):

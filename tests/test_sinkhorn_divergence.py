@@ -71,6 +71,7 @@ class TestAgainstGeomLoss:
             same = centred if name in ("da", "db") else lambda t: t
             assert_close(same(value), same(want[name]), "sinkhorn", name)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("mass", [1.0, 1.7])
     @pytest.mark.parametrize("debias", [True, False])
     @pytest.mark.parametrize("p", [1, 2])
