@@ -25,13 +25,14 @@ TESTS = {
     "selective_state_update causal_conv1d_update parallel_branch_fusion workspace_limit processes fuzz",
     "threads": "processes sinkhorn_cpu sinkhorn_cpu_backward sinkhorn_cpu_streaming_backward scan_cpu conv_cpu fuzz",
 }
-SELECTED = "not interpreter and not cuda and not triton and not spawn and not forkserver"
+SELECTED = {"memory": "not interpreter and not cuda and not triton and not spawn and not forkserver"}
+SELECTED["threads"] = f"{SELECTED['memory']} and not fork"  # after which ThreadSanitizer can't follow threads
 # Python and torch leak by design, and torch frees with one allocator what another one made. Tests of crashes want
 # those of the system. Frames that outlive their function can't be seen: GCC aligns them to less than a vector.
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:handle_segv=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",  # so that a test notices what its process did
-    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:history_size=4:exitcode=66:handle_segv=0:die_after_fork=0",
+    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:history_size=4:exitcode=66:handle_segv=0",
 }
 REPORT = re.compile(r"runtime error:|(ERROR|WARNING): \w+Sanitizer")
 
@@ -66,7 +67,8 @@ def check(kind: str) -> bool:
             return False
         preload.insert(1, str(shim))
     files = [f"tests/test_{name}.py" for name in TESTS[kind].split()]
-    tests = (sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-m", "not slow", "-k", SELECTED)
+    selection = ("-m", "not slow", "-k", SELECTED[kind])
+    tests = (sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *selection)
     threads = {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive"}
     environment = {**os.environ, "LD_PRELOAD": ":".join(preload), "PYTHONPATH": str(source), **threads, **OPTIONS}
     reports = 0
