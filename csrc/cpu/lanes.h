@@ -104,19 +104,23 @@ class FlushDenormals {
 class ScratchStack {
   public:
     char* push(size_t bytes) {
-        if (held_ == 0) memory_ = arena_.reserve(wanted_ > bytes ? wanted_ : bytes <= Arena::kKeep ? bytes : 1);
+        if (held_ == 0) {
+            memory_ = arena_.reserve(wanted_ > bytes ? wanted_ : bytes <= Arena::kKeep ? bytes : 1);
+            if (memory_) forbid(memory_, arena_.capacity());
+        }
         const size_t start = held_;
         held_ += bytes;
         if (held_ <= Arena::kKeep && held_ > wanted_) wanted_ = held_;  // for the next time
         const bool fits = memory_ && held_ <= arena_.capacity();
         char* const data = fits ? memory_ + start : static_cast<char*>(std::aligned_alloc(64, bytes));
         if (!data) held_ = start;
+        if (fits) permit(data, bytes);
         return data;
     }
     void pop(char* data, size_t bytes) {
         const bool on_stack = memory_ && held_ <= arena_.capacity();
         held_ -= bytes;
-        if (!on_stack) std::free(data);
+        on_stack ? forbid(data, bytes) : std::free(data);
     }
 
   private:
@@ -138,6 +142,7 @@ class Buffer {
     explicit Buffer(int64_t size) : bytes_((static_cast<size_t>(size) * sizeof(F) + 127) / 64 * 64) {
         data_ = reinterpret_cast<F*>(scratch_stack().push(bytes_));
         if (!data_) throw std::bad_alloc();
+        forbid(data_ + size, bytes_ - static_cast<size_t>(size) * sizeof(F));
     }
     ~Buffer() { scratch_stack().pop(reinterpret_cast<char*>(data_), bytes_); }
     Buffer(const Buffer&) = delete;

@@ -8,10 +8,25 @@
 #include <cstdint>
 #include <cstdlib>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "simd.h"
 
 namespace parrot {
 namespace PARROT_ISA {
+
+// Arrays share blocks of memory: AddressSanitizer is told where one ends, and a little is left free after it.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGuard = 64;
+inline void forbid(const void* data, size_t bytes) { __asan_poison_memory_region(data, bytes); }
+inline void permit(const void* data, size_t bytes) { __asan_unpoison_memory_region(data, bytes); }
+#else
+constexpr size_t kGuard = 0;
+inline void forbid(const void*, size_t) {}
+inline void permit(const void*, size_t) {}
+#endif
 
 // Waits by spinning, as iterations are short, but not for long: where threads outnumber processors, the one that is
 // waited for needs the processor.
@@ -134,6 +149,7 @@ class Arena {
             if (align == huge_page) prefer_huge_pages(memory_, rounded);
             capacity_ = rounded;
         }
+        permit(memory_, capacity_);
         return memory_;
     }
 
@@ -162,8 +178,9 @@ class Carver {
 
     template <typename T>
     T* take(int64_t count) {
-        const size_t offset = used_;
-        used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+        const size_t offset = used_, bytes = static_cast<size_t>(count) * sizeof(T);
+        used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment + kGuard;
+        if (memory_) forbid(memory_ + offset + bytes, used_ - offset - bytes);
         return memory_ ? reinterpret_cast<T*>(memory_ + offset) : nullptr;
     }
 
