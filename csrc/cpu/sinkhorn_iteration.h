@@ -48,6 +48,7 @@ struct SinkhornIteration {
     T* block_error;                   // (blocks)
     T* column_scratch;                // (threads, n_pad)
     int* unrepresentable;  // [parity of the iteration]: set by whoever meets an entry that the kernel can't hold
+    int* last_refresh;     // of a row: the iteration
     // Copies of each thread, always equal:
     bool keep_potentials = false;  // F and G are needed after every iteration
     bool potentials_ready = true;  // whether G belongs to the last v
@@ -77,6 +78,7 @@ struct SinkhornIteration {
         block_error = carver.take<T>(blocks);
         column_scratch = carver.take<T>(threads * n_pad);
         unrepresentable = carver.take<int>(2);
+        last_refresh = carver.take<int>(1);
     }
 
     int64_t block_begin(int64_t block) const { return block * block_rows; }
@@ -107,7 +109,7 @@ struct SinkhornIteration {
     void set_weights(const TensorView& given_a, const TensorView& given_b) {
         log_weights(a, log_a, row_tail, given_a, problem, n, n_pad, 0);
         log_weights(b, log_b, column_tail, given_b, problem, m, m_pad, -T(__builtin_huge_val()));
-        unrepresentable[0] = unrepresentable[1] = 0;
+        unrepresentable[0] = unrepresentable[1] = *last_refresh = 0;
     }
 
     T mass(const T* weights, int64_t padded) const {
@@ -146,6 +148,7 @@ struct SinkhornIteration {
             T& before = u[(k - 1) & 1][i];
             const T potential = keep_potentials ? F[(k - 1) & 1][i] - log_a[i] : alpha[i] + log_one(before);
             before = exp_one(potential - offset);
+            __atomic_store_n(last_refresh, k, __ATOMIC_RELAXED);
         }
         alpha[i] = offset;
         Vec<T> sum{};
@@ -354,13 +357,31 @@ struct SinkhornIteration {
             team.for_each(blocks, [&](int64_t block) { row_block(block, k, check, last); }, k & 1);
             if (check) {
                 const T error = total(block_error);
-                if (last || error <= tol) return {k - 1, error};
+                if (last || error <= tol) {
+                    if (balanced_y && __atomic_load_n(last_refresh, __ATOMIC_RELAXED) == k)
+                        update_columns_again(team, k - 1);
+                    return {k - 1, error};
+                }
             }
             const bool want_potentials = keep_potentials || team.size > 1 || k == n_iters;
             team.for_each(chunks, [&](int64_t chunk) { column_chunk(chunk, k, want_potentials, team.rank); });
             potentials_ready = want_potentials;
             if (__atomic_load_n(unrepresentable + (k & 1), __ATOMIC_RELAXED)) return {k, 0};
         }
+    }
+
+    // The pass that only looked at the error may have set rows anew. Sums of these cancel the rounding of their
+    // offsets.
+    __attribute__((noinline)) void update_columns_again(const Team& team, int k) {
+        team.for_each(blocks, [&](int64_t block) {
+            T* t = partial + block * m_pad;
+            for (int64_t j = 0; j < m_pad; j += L) store(t + j, block == 0 ? load(column_tail + j) : Vec<T>{});
+            for (int64_t i = block_begin(block); i < block_end(block); i += L) {
+                store(h + i, load(a + i) * load(u[k & 1] + i));
+                add_rows(i, t);
+            }
+        });
+        team.for_each(chunks, [&](int64_t chunk) { fill_columns(chunk); });
     }
 
     // ---- plain log-domain steps

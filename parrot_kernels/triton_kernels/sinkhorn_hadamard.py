@@ -192,13 +192,15 @@ def _sinkhorn_hadamard_forward(
     tl.store(f + problem * N + i, f_now * unit, mask=i < N)
     tl.store(g + problem * M + j, g_now * unit, mask=j < M)
 
-    probability = tl.exp2((spread(f_now, True) - c) + spread(g_now, False))
+    # As log2 P / b + log2 b: the rounding of s cancels in the former only.
+    from_y = spread(damp_y * s, False)
+    probability = tl.exp2(((spread(f_now, True) - c) - from_y) + spread(log_b, False))
     spent = probability * tl.where(valid, c, 0.0)
     tl.store(transport_cost + problem, sum_vector(sum_tile(spent, True), True) * unit)
     if plan is not None:
         store_tile(plan + problem * N * M, probability, i, j, N, M)
 
-    to_x = tl.exp2((spread(f_now - log_a, True) - c) + spread(g_now, False))
+    to_x = tl.exp2((((spread(f_now, True) - c) - from_y) + spread(log_b, False)) - spread(log_a, True))
     on_x = problem * N * ROW
     for d in range(D):
         x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
