@@ -245,7 +245,9 @@ struct ForwardProblem {
         stream.by_columns.rows(begin, end, cost);
         for (int64_t j = begin; j < end; ++j) {
             fill_row(cost, j - begin, it.beta[j], F, it.inverse, kernel);
-            it.v[j] = it.balanced_y ? T(1) / sum_row(kernel, j - begin) : T(1);
+            const T sum = it.balanced_y ? sum_row(kernel, j - begin) : T(1);
+            it.v[j] = T(1) / sum;
+            it.w[j] = it.log_b[j] - log_one(sum);
         }
         matmul<T>(end - begin, it.n, {kernel.first, L, L * it.n_pad, 1, L * L}, x_packed, feature_stride / L,
                   {product, feature_stride, L * feature_stride, L});
@@ -261,12 +263,13 @@ struct ForwardProblem {
         stream.by_rows.rows(begin, end, cost);
         T spent = 0;
         for (int64_t i = begin; i < end; ++i) {
-            fill_row(cost, i - begin, F[i] - it.log_a[i], it.G, it.inverse, kernel);
             Vec<T> row_cost{};
             for (int64_t j = 0; j < it.m_pad; j += L) {
-                const Vec<T> entry = load(kernel.at(i - begin, j)) * load(it.v + j);
+                // log P / b as the columns had it, for the rounding that their sums cancelled.
+                const Vec<T> c = load(cost.at(i - begin, j)), to_y = (load(it.beta + j) + F[i]) - c * it.inverse;
+                const Vec<T> entry = exp<T>(to_y + (load(it.w + j) - it.log_a[i]));
                 store(kernel.at(i - begin, j), entry);
-                row_cost += entry * it.a[i] * load(cost.at(i - begin, j));
+                row_cost += entry * it.a[i] * c;
             }
             spent += sum_lanes<T>(row_cost);
         }

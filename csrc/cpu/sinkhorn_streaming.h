@@ -115,7 +115,7 @@ struct SinkhornStreaming {
         auto& it = *iteration;
         const T infinity = __builtin_huge_val();
         for (int64_t j = 0; j < it.m_pad; ++j) {
-            it.v[j] = 1;
+            it.v[j] = 1, it.w[j] = it.log_b[j];  // of w the logarithm
             it.G[j] = j < it.m ? T(0) : -infinity;
             it.beta[j] = j < it.m ? -it.log_b[j] : -infinity;
         }
