@@ -15,6 +15,7 @@ import parrot_kernels
 class Sinkhorn(Case):
     kind = "sinkhorn"
     fused = False  # equal shapes and no weights
+    tells_iterations = True
 
     def draw(self) -> None:
         sizes = (1, 2, 3, 7, 16, 17, 33, 40)
@@ -81,6 +82,8 @@ class Sinkhorn(Case):
                     self.draw_weights(name, options.get(f"{side}_lengths"), *lead, size)
         options["n_iters"] = rng.choice((1, 2, 3, 7, 12, 20))
         options["tol"] = rng.choice((None, None, 0.0, 0.0937, 0.00917))  # no error is a round number
+        if options["tol"] == 0 and not self.tells_iterations:
+            options["tol"] = None  # when an error is exactly 0 is a matter of rounding, and nobody would know of it
         options["gradient"] = rng.choice(("unrolled", "unrolled", "implicit", "detached"))
         reach = (None, None, None, 0.3, 2.0, (None, 0.5), (0.7, None), (0.4, 1.5))
         options["reach"] = rng.choice(reach)
@@ -140,20 +143,20 @@ class Sinkhorn(Case):
         return {name: t.squeeze(0) for name, t in out.items()} if self.single else out
 
     def cancelling(self, name: str) -> float:
-        # What comes through the cost is 1 / eps times as large. All of it cancels where a plan is as good as hard.
+        # A cost of 100 eps is rounded to 6e-6 of eps in float32, most of the tolerance, and so are potentials.
         eps = self.tensors["eps"].min().item() if "eps" in self.tensors else self.options["eps"]
-        if name == "deps":
-            return max(1.0, 1 / eps)
         scale = self.options["cost_scale"]
+        rounding = 1.0 if scale == "max" else max(1.0, self.largest_cost() / (100 * eps * scale))
+        if name == "deps":
+            return rounding * max(1.0, 1 / eps)
         if name not in ("dx", "dy", "dcost"):
-            return 1.0
-        if self.shape[-1] == 1 and self.options.get("cost") == "cosine" and scale == "max":
-            # Directions of one feature have no derivative. The oracle's autograd leaves rounding of it, and divides
-            # that by the least scale where all of them are the same.
-            return max(1.0, 1 / eps)
-        if scale == "max" or self.largest_cost() < 100 * eps * scale:
-            return 1.0
-        return max(1.0, 1 / (eps * scale))
+            return rounding
+        # What comes through the cost is 1 / eps times as large. All of it cancels where a plan is as good as hard, or
+        # where costs have no derivative, but in the oracle's autograd to rounding only: directions of one feature.
+        if rounding > 1:
+            return rounding * max(1.0, 1 / (eps * scale))
+        directions = self.shape[-1] == 1 and self.options.get("cost") == "cosine" and scale == "max"
+        return max(1.0, 10 / eps) if directions else 1.0
 
     def largest_cost(self) -> float:
         if 0 in self.shape:
@@ -173,6 +176,8 @@ class Sinkhorn(Case):
 
 
 class SinkhornPlan(Sinkhorn):
+    tells_iterations = False
+
     def call(self, tensors: Tensors) -> Tensors:
         options = {n: v for n, v in self.options.items() if n not in ("return_plan", "return_hadamard")}
         plan = parrot_kernels.sinkhorn_plan(**self.views(tensors), **options, backend="cpu")
@@ -183,6 +188,8 @@ class SinkhornPlan(Sinkhorn):
 
 
 class SinkhornTransport(Sinkhorn):
+    tells_iterations = False
+
     def call(self, tensors: Tensors) -> Tensors:
         options = {n: v for n, v in self.options.items() if n not in ("return_plan", "return_hadamard")}
         x_to_y, y_to_x = parrot_kernels.sinkhorn_transport(**self.views(tensors), **options, backend="cpu")
@@ -195,6 +202,7 @@ class SinkhornTransport(Sinkhorn):
 
 class ParallelBranchFusion(Sinkhorn):
     fused = True
+    tells_iterations = False
 
     def draw(self) -> None:
         super().draw()
