@@ -80,4 +80,4 @@ def commits(rows: Iterable[dict]) -> str:
 
 def device_argument(parser: argparse.ArgumentParser) -> None:
     known = sorted(path.stem for path in RESULTS.glob("*.jsonl"))
-    parser.add_argument("device", choices=known, nargs="?" if len(known) == 1 else None, default=known[0])
+    parser.add_argument("device", choices=known, nargs="?", default=known[0], help=f"default: {known[0]}")

@@ -68,12 +68,12 @@ TORCH = slower("torch eager", "torch.compile of one iteration")
 LOOPS = slower("transformers' slow path", "materialised loop, unbind")
 CALL = "the call from Python outlasts the kernel"
 SHARED_ITERATION = "threads share the products, not the iteration: its barriers would cost more than they save"
-SECOND_LEVEL = "the kernel matrix exceeds L1: an iteration is bound by L2"
+SECOND_LEVEL = "the kernel matrix about fills L1: an iteration is bound by L2; and fresh pages for the outputs"
 AT_THE_FLOOR = "at the floor: the products with the features, which every method needs, take most of the time"
 LONG = "some peers are too slow for it"
 FRESH_PAGES = "a quarter of the time goes into fresh pages for output and gradients, which glibc returns to the system"
 WALK = "most is multiply-adds at the rate of their pipe, the rest transposes, gates and the sums of dB and dC"
-ONE_PIPE = "on Zen 4 multiply-adds and exponentials fill the same pipe, and the floor counts only the latter"
+ONE_PIPE = "multiply-adds and exponentials fill the same pipes, and the floor counts only the latter"
 
 
 def _sinkhorn() -> Iterable[Target]:
