@@ -192,15 +192,31 @@ def _sinkhorn_hadamard_forward(
     tl.store(f + problem * N + i, f_now * unit, mask=i < N)
     tl.store(g + problem * M + j, g_now * unit, mask=j < M)
 
-    # As log2 P / b + log2 b: the rounding of s cancels in the former only.
-    from_y = spread(damp_y * s, False)
-    probability = tl.exp2(((spread(f_now, True) - c) - from_y) + spread(log_b, False))
+    # P / b, where the rounding of s cancels but for that of its logarithm, which the sums have. They are one if y is
+    # balanced.
+    to_y = tl.exp2((spread(f_now, True) - c) - spread(damp_y * s, False))
+    sums = tl.where(valid_j & (inverse_rho_y == 0.0), sum_tile(to_y, False), 1.0)
+    on_y = problem * M * ROW
+    for d in range(D):
+        x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
+        y_d = tl.load(y + (j * D + d), mask=valid_j, other=0.0).to(tl.float32)
+        moved = sum_tile(to_y * spread(x_d, True), False) / sums
+        at_j = on_y + (j * ROW + d)
+        store_vector(x_to_y, at_j, moved, j < M)
+        store_vector(y_hadamard, at_j, y_d * moved, j < M)
+        store_vector(y_copy, at_j, y_d, j < M)
+
+    log_b -= tl.log2(sums)
+    f_now += nothing  # see log_sum_exp
+    probability = tl.exp2(((spread(f_now, True) - c) - spread(damp_y * s, False)) + spread(log_b, False))
     spent = probability * tl.where(valid, c, 0.0)
     tl.store(transport_cost + problem, sum_vector(sum_tile(spent, True), True) * unit)
     if plan is not None:
         store_tile(plan + problem * N * M, probability, i, j, N, M)
 
-    to_x = tl.exp2((((spread(f_now, True) - c) - from_y) + spread(log_b, False)) - spread(log_a, True))
+    f_now += nothing
+    to_x = (spread(f_now, True) - c) - spread(damp_y * s, False)
+    to_x = tl.exp2((to_x + spread(log_b, False)) - spread(log_a, True))
     on_x = problem * N * ROW
     for d in range(D):
         x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
@@ -213,18 +229,6 @@ def _sinkhorn_hadamard_forward(
         if paired_hadamard is not None:
             partner = tl.load(y + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
             tl.store(paired_hadamard + at_i, x_d * partner, mask=i < N)
-    # g - log2 b is -damp_y s; with log_b here, its copies would be held in registers through the loop.
-    f_now += nothing  # see log_sum_exp
-    to_y = tl.exp2((spread(f_now, True) - c) - spread(damp_y * s, False))
-    on_y = problem * M * ROW
-    for d in range(D):
-        x_d = tl.load(x + (i * D + d), mask=valid_i, other=0.0).to(tl.float32)
-        y_d = tl.load(y + (j * D + d), mask=valid_j, other=0.0).to(tl.float32)
-        moved = sum_tile(to_y * spread(x_d, True), False)
-        at_j = on_y + (j * ROW + d)
-        store_vector(x_to_y, at_j, moved, j < M)
-        store_vector(y_hadamard, at_j, y_d * moved, j < M)
-        store_vector(y_copy, at_j, y_d, j < M)
 
 
 def tile_of(N: int, M: int, costs_per_warp: int = 1024) -> tuple[int, int, int, int]:

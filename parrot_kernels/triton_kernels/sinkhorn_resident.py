@@ -177,7 +177,8 @@ def offsets(c, potential, valid, ROWS: tl.constexpr):
 
 @triton.jit
 def kernel_tile(c, offset, other_offset, ROWS: tl.constexpr):
-    return tl.exp2((spread(offset, ROWS) - c) + spread(other_offset, not ROWS))
+    """In the order of `offsets`, whose rounding then cancels: it alone may be more than the range of exponents."""
+    return tl.exp2((spread(other_offset, not ROWS) - c) + spread(offset, ROWS))
 
 
 @triton.jit
@@ -194,8 +195,7 @@ def absorbed_log_sum_exp(c, K, offset, other_offset, other, valid, other_valid, 
         offset = offsets(c, other, valid, ROWS)
         K = kernel_tile(c, offset, other_offset, ROWS)
         if (too_large(max_tile(K, True), True) > 0) | (too_large(scaling, not ROWS) > 0):
-            offset += nothing  # see log_sum_exp
-            other_offset = other
+            other_offset = other + nothing  # see log_sum_exp
             K = kernel_tile(c, offset, other_offset, ROWS)
         scaling = scalings(other, other_offset, other_valid)
         sums = sums_of(K, scaling, valid, ROWS)

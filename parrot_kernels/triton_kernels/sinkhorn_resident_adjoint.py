@@ -80,10 +80,10 @@ def unroll(
             F = load_vector(F_now, i, valid_i) / unit
             alpha = offsets(c, load_vector(G_before, j, known_j) / unit, valid_i, True)
             beta = offsets(c, F, valid_j, False)
-            K = kernel_tile(c, alpha, beta, True)
+            K = kernel_tile(c, beta, alpha, False)
             if (too_large(max_tile(K, True), True) > 0) | (too_large(scalings(F, alpha, valid_i), True) > 0):
                 alpha = F + nothing
-                K = kernel_tile(c, alpha, beta, True)
+                K = kernel_tile(c, beta, alpha, False)
             h = scalings(F, alpha, valid_i)
             t = sums_of(K, h, valid_j, False)
         dlog_b += dG
@@ -98,6 +98,7 @@ def unroll(
         if (untrusted(s, True) > 0) | (too_large(w, False) > 0):
             beta = load_vector(G_before, j, known_j) / unit
             alpha = offsets(c, beta, valid_i, True)
+            beta += nothing
             K = kernel_tile(c, alpha, beta, True)
             w = tl.where(valid_j, 1.0, 0.0)
             s = sums_of(K, w, valid_i, True)
