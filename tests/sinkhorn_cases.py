@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import interpreted
+from tolerances import assert_close
 from torch import Tensor
 
 from parrot_kernels import backends, native
@@ -106,6 +107,26 @@ def oracle(
 
 def op(**arguments: Any) -> dict[str, Tensor]:
     return sinkhorn_hadamard(**{"return_plan": True} | arguments)._asdict()
+
+
+def assert_marginals_of_y(
+    solve: Callable[..., dict[str, Tensor]],
+    scale: float,
+    sizes: Sequence[tuple[int, int, int]] = ((1, 16, 17), (2, 16, 8), (3, 16, 8), (5, 6, 3)),
+) -> None:
+    """The plan has them, and x is averaged by it, where y is balanced and the weights are uniform.
+
+    Where costs are thousands of eps, too: there the rounding of both potentials would be more than 1e-4 of the plan.
+    """
+    generator = torch.Generator().manual_seed(3)
+    for n, m, dim in sizes:
+        x, y = (torch.randn(2, size, dim, generator=generator) for size in (n, m))
+        for eps, n_iters in ((1e-8, 2), (1e-4, 1), (0.02, 1), (0.02, 3), (0.02, 12), (0.3, 1), (1.0, 3), (1e8, 2)):
+            out = solve(x=x, y=y, cost="sqeuclidean", cost_scale=0.7, eps=eps, n_iters=n_iters)
+            name = f"{n} x {m}, eps {eps}, {n_iters} iterations"
+            plan = m * out["plan"].cpu()
+            assert_close(plan.sum(1), torch.ones(2, m), "sinkhorn", name, scale)
+            assert_close(out["x_to_y"].cpu(), plan.mT @ x, "sinkhorn", f"x_to_y of {name}", scale)
 
 
 def cotangents(arguments: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import functools
 import pytest
 import sinkhorn_cases
 import torch
-from sinkhorn_cases import cotangents, op, problem, takes, to, with_gradients
+from sinkhorn_cases import assert_marginals_of_y, cotangents, op, problem, takes, to, with_gradients
 from tolerances import assert_close
 
 from parrot_kernels import backends, sinkhorn_hadamard
@@ -90,16 +90,12 @@ def test_weights_that_are_all_zero(backend, device):
 @everywhere
 @pytest.mark.parametrize("reach", [None, (0.7, None)], ids=str)
 def test_plan_has_the_marginal_of_y_for_any_eps(backend, device, reach):
-    """Where costs are thousands of eps, too: there the rounding of both potentials would be more than 1e-4 of the plan.
-    What the logarithms of a column's sum lose beside its largest term is all that may be left."""
-    generator = torch.Generator().manual_seed(3)
-    for n, m, dim in ((1, 16, 17), (2, 16, 8), (3, 16, 8), (5, 6, 3)):
-        arguments = {"x": torch.randn(2, n, dim, generator=generator), "y": torch.randn(2, m, dim, generator=generator)}
-        arguments |= {"reach": reach, "cost": "sqeuclidean", "cost_scale": 0.7}
-        for eps, n_iters in ((1e-8, 2), (1e-4, 1), (0.02, 1), (0.02, 3), (0.02, 12), (0.3, 1), (1.0, 3), (1e8, 2)):
-            plan = op(**to(arguments, device), eps=eps, n_iters=n_iters, backend=backend)["plan"]
-            name = f"{n} x {m}, eps {eps}, {n_iters} iterations"
-            assert_close(m * plan.sum(1), torch.ones(2, m, device=device), "sinkhorn", name, scale=1 if backend == "cpu" else 20)
+    exact = backend in ("cpu", "triton")  # elsewhere logarithms of a column's sum lose a little beside its largest term
+
+    def solve(**arguments):
+        return op(**to(arguments, device), reach=reach, backend=backend)
+
+    assert_marginals_of_y(solve, scale=0.1 if exact else 20)
 
 
 def test_cosine_of_one_feature_has_no_gradient():

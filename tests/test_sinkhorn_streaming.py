@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from interpreted import interpreted
+from sinkhorn_cases import assert_marginals_of_y
 from test_sinkhorn_triton import OUTPUTS, check, launch, points
 from tolerances import assert_close
 
@@ -70,6 +71,13 @@ def test_weights_with_zeros():
 @streaming
 def test_unbalanced(rho_x, rho_y):
     check(*points(1, 20, 18, 3), rho_x=rho_x, rho_y=rho_y, a=torch.rand(1, 20), n_iters=3)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("rho_x", [0.5, None])
+@streaming
+def test_plan_has_the_marginal_of_y_for_any_eps(rho_x):
+    assert_marginals_of_y(functools.partial(launch, rho_x=rho_x), 0.1, ((1, 16, 17), (37, 16, 17)))
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from .sinkhorn_tiles import (
     add_chunks,
     cost_tile,
     locate,
+    log_ratio,
     product_tile,
 )
 
@@ -26,14 +27,14 @@ NEAR: tl.constexpr = tl.constexpr(1 / 256)
 @triton.jit
 def cost_gradient_tile(
     c,  # in units of eps ln 2
-    own_potential, other_potential, own_shift, other_shift,
+    own_exponent, other_exponent, own_rest, other_rest,  # of P
     own_gradient, other_gradient,  # (B, size, depths * DEPTH) or None
     own_wide, other_wide,  # (B, size, depths * DEPTH): the points in fp32
     grad_plan, grad_transport_cost, eps, iterations, own_history, other_history, own_log_weights, other_log_weights,
     own_weights, other_weights,  # (B, n_iters, size)
     own_inverse_rho, other_inverse_rho, own_lag, other_lag,
     own_size, other_size, own_stride, other_stride, depths, n_iters, problem, start, at, own_left, other_left,
-    DETACHED: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr,
+    OWN_IS_X: tl.constexpr, DETACHED: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of C by <P, C> with P held fixed, and of c by everything else; unspecified in the padding.
 
@@ -45,9 +46,14 @@ def cost_gradient_tile(
     valid_j = j < other_left
     own_at = problem * own_size + start
     other_at = problem * other_size + at
-    own = tl.load(own_potential + own_at + i, mask=valid_i, other=0.0)
-    other = tl.load(other_potential + other_at + j, mask=valid_j, other=0.0)
-    probability = tl.exp2((own[:, None] - c) + other[None, :])
+    own = tl.load(own_exponent + own_at + i, mask=valid_i, other=0.0)
+    other = tl.load(other_exponent + other_at + j, mask=valid_j, other=0.0)
+    exponent = log_ratio(own, other, c, OWN_IS_X)
+    if OWN_IS_X:
+        exponent += tl.load(other_rest + other_at + j, mask=valid_j, other=0.0)[None, :]
+    else:
+        exponent += tl.load(own_rest + own_at + i, mask=valid_i, other=0.0)[:, None]
+    probability = tl.exp2(exponent)
     epsilon = tl.load(eps + problem)
     unit = epsilon * LN2
     direct = tl.zeros((OWN, OTHER), tl.float32)
@@ -69,14 +75,14 @@ def cost_gradient_tile(
             products = product_tile(
                 own_gradient + own_first, other_wide + other_first, own_left, other_left, depths, OWN, OTHER, DEPTH
             )
-            shift = tl.load(own_shift + own_at + i, mask=valid_i, other=0.0)
-            through -= products * tl.exp2((shift[:, None] - c) + other[None, :])
+            log_weight = tl.load(own_log_weights + own_at + i, mask=valid_i, other=0.0)
+            through -= products * tl.exp2(exponent - log_weight[:, None])
         if other_gradient is not None:
             products = product_tile(
                 own_wide + own_first, other_gradient + other_first, own_left, other_left, depths, OWN, OTHER, DEPTH
             )
-            shift = tl.load(other_shift + other_at + j, mask=valid_j, other=0.0)
-            through -= products * tl.exp2((own[:, None] - c) + shift[None, :])
+            log_weight = tl.load(other_log_weights + other_at + j, mask=valid_j, other=0.0)
+            through -= products * tl.exp2(exponent - log_weight[None, :])
         own_history += start
         other_history += at
         own_log_weights += start
@@ -97,7 +103,7 @@ def cost_gradient_tile(
             own_weight = tl.load(own_weights + (problem * n_iters + k) * own_size + i, mask=valid_i, other=0.0)
             other_weight = tl.load(other_weights + (problem * n_iters + k) * other_size + j, mask=valid_j, other=0.0)
             through += tl.exp2((own[:, None] - c) + other_k[None, :]) * other_weight[None, :]
-            through += tl.exp2((own_k[:, None] - c) + other[None, :]) * own_weight[:, None]
+            through += tl.exp2((other[None, :] - c) + own_k[:, None]) * own_weight[:, None]
     return direct, through
 
 
@@ -105,7 +111,7 @@ def cost_gradient_tile(
 def _sinkhorn_cost_gradient(
     own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
     own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
-    own_potential, other_potential, own_shift, other_shift, own_gradient, other_gradient, own_wide, other_wide,
+    own_exponent, other_exponent, own_rest, other_rest, own_gradient, other_gradient, own_wide, other_wide,
     grad_plan, grad_transport_cost, eps, iterations, own_history, other_history, own_log_weights, other_log_weights,
     own_weights, other_weights, own_inverse_rho, other_inverse_rho, own_lag, other_lag, n_iters,
     factors,
@@ -135,11 +141,11 @@ def _sinkhorn_cost_gradient(
             problem, start, at, own_left, others - at, COST, OWN, OTHER, DEPTH,
         )  # fmt: skip
         direct, through = cost_gradient_tile(
-            c, own_potential, other_potential, own_shift, other_shift, own_gradient, other_gradient, own_wide,
-            other_wide, grad_plan, grad_transport_cost, eps, iterations, own_history, other_history, own_log_weights,
+            c, own_exponent, other_exponent, own_rest, other_rest, own_gradient, other_gradient, own_wide, other_wide,
+            grad_plan, grad_transport_cost, eps, iterations, own_history, other_history, own_log_weights,
             other_log_weights, own_weights, other_weights, own_inverse_rho, other_inverse_rho, own_lag, other_lag,
             own_size, other_size, own_stride, other_stride, depths, n_iters, problem, start, at, own_left, others - at,
-            DETACHED, OWN, OTHER, DEPTH,
+            True, DETACHED, OWN, OTHER, DEPTH,
         )  # fmt: skip
         valid = (i < own_left)[:, None] & (j < others - at)[None, :]
         total += tl.sum(tl.where(valid, through * c, 0.0), 1)
@@ -173,12 +179,13 @@ def near_differences(own, other, weights, valid_i, valid_j, D, first, OWN: tl.co
 def _sinkhorn_points_gradient(
     own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
     own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
-    own_potential, other_potential, own_shift, other_shift, own_gradient, other_gradient, own_wide, other_wide,
+    own_exponent, other_exponent, own_rest, other_rest, own_gradient, other_gradient, own_wide, other_wide,
     grad_plan, grad_transport_cost, eps, iterations, own_history, other_history, own_log_weights, other_log_weights,
     own_weights, other_weights, own_inverse_rho, other_inverse_rho, own_lag, other_lag, n_iters,
     factors,
     scale,
     through_cost,  # (B, own_size, D); for cosines, of the points of length one
+    OWN_IS_X: tl.constexpr,
     DETACHED: tl.constexpr,
     COST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -205,11 +212,11 @@ def _sinkhorn_points_gradient(
             problem, start, at, own_left, others - at, COST, OWN, OTHER, DEPTH,
         )  # fmt: skip
         direct, through = cost_gradient_tile(
-            cost * factor, own_potential, other_potential, own_shift, other_shift, own_gradient, other_gradient,
+            cost * factor, own_exponent, other_exponent, own_rest, other_rest, own_gradient, other_gradient,
             own_wide, other_wide, grad_plan, grad_transport_cost, eps, iterations, own_history, other_history,
             own_log_weights, other_log_weights, own_weights, other_weights, own_inverse_rho, other_inverse_rho,
             own_lag, other_lag, own_size, other_size, own_stride, other_stride, depths, n_iters, problem, start, at,
-            own_left, others - at, DETACHED, OWN, OTHER, DEPTH,
+            own_left, others - at, OWN_IS_X, DETACHED, OWN, OTHER, DEPTH,
         )  # fmt: skip
         valid_j = j < others - at
         gradient = (direct + through / epsilon) / tl.load(scale + problem)

@@ -6,7 +6,7 @@ the log-sum-exps that the next update of f needs, so the marginal error costs no
 with a tolerance it is launched in each iteration and clears the problem's flag in `running`, which every later launch
 reads. Nothing synchronises, and the launches depend on shapes and options only: a CUDA graph can hold them.
 
-Memory beside the outputs: fp32 copies of the points, and 6 + ceil(other side / chunk) numbers per point. Time: a
+Memory beside the outputs: fp32 copies of the points, and 7 + 2 ceil(other side / chunk) numbers per point. Time: a
 half-step takes N M D multiply-adds and N M exponentials; the outputs take two more, times ceil(D / features).
 """
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import sinkhorn_workspace
-from .sinkhorn_tiles import LN2, SIZES, add_chunks, combine, cost_tile, locate
+from .sinkhorn_tiles import LN2, SIZES, add_chunks, combine, cost_tile, locate, log_ratio
 from .sinkhorn_workspace import Tiles, Workspace, compiled, over_tiles
 from .specialization import Specialization
 
@@ -72,7 +72,8 @@ def _sinkhorn_start(
 
 @triton.jit(do_not_specialize=SIZES)
 def _sinkhorn_check(
-    partial,  # (B, chunks, N), log-sum-exps of the rows
+    partial,  # (B, chunks, N), log-sum-exps of the rows, as the following
+    sums,
     x_counts,
     y_counts,
     log_a,
@@ -103,7 +104,9 @@ def _sinkhorn_check(
         for start in range(0, n, BLOCK):
             i = start + tl.arange(0, BLOCK)
             valid = i < n
-            lse = combine(partial + problem * chunks * N + i, N, used, valid)
+            first = problem * chunks * N + i
+            largest, more = combine(partial + first, sums + first, N, used, valid)
+            lse = largest + more
             now = tl.exp2(tl.load(f + problem * N + i, mask=valid, other=0.0) + lse)
             after = tl.exp2(tl.load(log_a + problem * N + i, mask=valid, other=0.0) + kept * lse)
             total += tl.where(valid, tl.abs(now - after), 0.0)
@@ -120,8 +123,9 @@ def _sinkhorn_plan(
     own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
     own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
     factors,
-    f,  # (B, N)
-    g,  # (B, M)
+    own_exponent,  # (B, N), as of `log_ratio`
+    other_exponent,  # (B, M)
+    other_rest,  # (B, M): what is to be added to it
     plan,  # (B, N, M) or None
     partial,  # (B, chunks, N): sum_j P_ij c_ij
     COST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
@@ -136,7 +140,7 @@ def _sinkhorn_plan(
     factor = tl.load(factors + problem)
     i = tl.arange(0, OWN)
     j = tl.arange(0, OTHER)
-    own_exponent = tl.load(f + problem * own_size + start + i, mask=i < own_left, other=0.0)
+    own_first = tl.load(own_exponent + problem * own_size + start + i, mask=i < own_left, other=0.0)
     total = tl.zeros((OWN,), tl.float32)
     for step in range(first, tl.minimum(first + CHUNK, stop), OTHER):
         at = problem * 0 + step
@@ -146,8 +150,10 @@ def _sinkhorn_plan(
             problem, start, at, own_left, others - at, COST, OWN, OTHER, DEPTH,
         )  # fmt: skip
         valid = (i < own_left)[:, None] & (j < others - at)[None, :]
-        exponent = tl.load(g + problem * other_size + at + j, mask=j < others - at, other=0.0)
-        probability = tl.where(valid, tl.exp2((own_exponent[:, None] - c) + exponent[None, :]), 0.0)
+        other = problem * other_size + at + j
+        other_first = tl.load(other_exponent + other, mask=j < others - at, other=0.0)
+        rest = tl.load(other_rest + other, mask=j < others - at, other=0.0)
+        probability = tl.where(valid, tl.exp2(log_ratio(own_first, other_first, c, True) + rest[None, :]), 0.0)
         total += tl.sum(tl.where(valid, probability * c, 0.0), 1)
         if plan is not None:
             rows = plan + (problem * own_size + start) * other_size + at
@@ -249,9 +255,9 @@ def forward(
 
         def check(steps: int) -> None:
             _sinkhorn_check[each](
-                rows.partial, rows.counts, columns.counts, rows.log_weights, rows.potential, w.eps, *results,
-                rows.size, rows.chunks, steps, None if tol is None else threshold, threshold, rows.inverse_rho,
-                **blocks,
+                rows.partial, rows.sums, rows.counts, columns.counts, rows.log_weights, rows.potential, w.eps,
+                *results, rows.size, rows.chunks, steps, None if tol is None else threshold, threshold,
+                rows.inverse_rho, **blocks,
             )  # fmt: skip
 
         w.reduce(rows, columns, running, w.factors)
@@ -265,11 +271,12 @@ def forward(
         if tol is None:
             check(n_iters)
 
-        w.project(rows, columns, rows.shift, columns.potential, columns.points, y_to_x, x_hadamard)
-        w.project(columns, rows, columns.shift, rows.potential, rows.points, x_to_y, y_hadamard)
+        w.project(rows, columns, rows, columns.points, y_to_x, x_hadamard)
+        w.project(columns, rows, columns, rows.points, x_to_y, y_hadamard)
         kernel, count = w.by_blocks(_sinkhorn_plan, rows, tiles.own, rows.chunks)
+        of_rows, of_columns, _, rest = w.exponents(rows)
         kernel(
-            *w.geometry(rows, columns, count), w.factors, rows.potential, columns.potential, plan, rows.partial,
+            *w.geometry(rows, columns, count), w.factors, of_rows, of_columns, rest, plan, rows.partial,
             **w.tile(_sinkhorn_plan),
         )  # fmt: skip
         _sinkhorn_finish[each](
@@ -283,6 +290,7 @@ def specializations() -> Iterator[Specialization]:
     yield from sinkhorn_workspace.specializations()
     tiles = Tiles()
     types = {name: "*fp32" for name in ("largest", "partial", "factors", "eps", "scale", "error", "log_a", "f", "g")}
+    types |= dict.fromkeys(("sums", "own_exponent", "other_exponent", "other_rest"), "*fp32")
     types |= dict.fromkeys(("scaled_f", "scaled_g", "transport_cost", "plan"), "*fp32")
     types |= dict.fromkeys(("x_counts", "y_counts", "running", "iterations"), "*i32")
     types |= {"converged": "*i8"} | dict.fromkeys(("cost_scale", "tol", "threshold", "inverse_rho"), "fp32")

@@ -107,10 +107,10 @@ class _Backward:
             a, b = own.side, other.side
             if own.hadamard is not None or (own.gradient is not None and not self.detached):
                 own.transported = torch.empty_like(a.points, dtype=torch.float32)
-                w.project(a, b, a.shift, b.potential, b.points, own.transported)
+                w.project(a, b, a, b.points, own.transported)
             if other.gradient is not None:
                 own.returned = torch.empty_like(a.points, dtype=torch.float32)
-                w.project(a, b, a.potential, b.shift, other.gradient, own.returned)
+                w.project(a, b, b, other.gradient, own.returned)
 
     def start(self) -> None:
         """The gradients of the potentials through the final plan."""
@@ -121,8 +121,8 @@ class _Backward:
             if through_plan:
                 kernel, blocks = w.by_blocks(_sinkhorn_plan_sums, a, tiles.own, a.chunks)
                 kernel(
-                    *w.geometry(a, b, blocks), w.factors, w.eps, a.potential, b.potential, self.grad_plan,
-                    self.grad_transport_cost, a.partial, **w.tile(_sinkhorn_plan_sums),
+                    *w.geometry(a, b, blocks), w.factors, w.eps, *w.exponents(a), self.grad_plan,
+                    self.grad_transport_cost, a.partial, OWN_IS_X=a is w.x, **w.tile(_sinkhorn_plan_sums),
                 )  # fmt: skip
             kernel, blocks = w.by_blocks(_sinkhorn_start_adjoint, a, tiles.own)
             kernel(
@@ -135,19 +135,18 @@ class _Backward:
     def sweep(self) -> None:
         """Back through the iterations, each problem from its own last one."""
         n_iters = self.x.history.shape[1]
-        sums = {id(t): torch.empty_like(t.side.partial) for t in (self.x, self.y)}
 
         def half_step(own: Adjoint, other: Adjoint, own_step: int, step: int, last: bool = False) -> None:
             w, tiles, a, b = self.w, self.w.tiles, own.side, other.side
             kernel, blocks = w.by_blocks(_sinkhorn_sweep, a, tiles.own, a.chunks)
             kernel(
                 *w.geometry(a, b, blocks), w.factors, w.eps, self.iterations, own.history, other.history,
-                a.log_weights, b.log_weights, other.weights, a.partial, sums[id(own)], n_iters, own_step, step,
+                a.log_weights, b.log_weights, other.weights, a.partial, a.sums, n_iters, own_step, step,
                 a.inverse_rho, b.inverse_rho, LAST=last, **w.tile(_sinkhorn_sweep),
             )  # fmt: skip
             kernel, blocks = w.by_blocks(_sinkhorn_sweep_update, a, tiles.vector)
             kernel(
-                a.partial, sums[id(own)], a.counts, b.counts, a.log_weights, w.eps, self.iterations, own.history,
+                a.partial, a.sums, a.counts, b.counts, a.log_weights, w.eps, self.iterations, own.history,
                 own.adjoint, own.weights, own.log_gradient, own.damping_gradient, a.size, blocks, a.chunks, n_iters,
                 own_step, step, a.inverse_rho, LAST=last, BLOCK=tiles.vector, CHUNK=tiles.chunk, **w.options,
             )  # fmt: skip
@@ -164,7 +163,7 @@ class _Backward:
         n_iters = 0 if own.history is None else own.history.shape[1]
         return (
             *self.w.geometry(a, b, blocks),
-            *(a.potential, b.potential, a.shift, b.shift, own.gradient, other.gradient, own.wide, other.wide),
+            *(*self.w.exponents(a), own.gradient, other.gradient, own.wide, other.wide),
             *(self.grad_plan, self.grad_transport_cost, self.w.eps, self.iterations, own.history, other.history),
             *(a.log_weights, b.log_weights, own.weights, other.weights, a.inverse_rho, b.inverse_rho),
             *(own.lag, other.lag, n_iters, self.w.factors, self.scale),
@@ -184,7 +183,7 @@ class _Backward:
         if through_cost:
             kernel, blocks = w.by_blocks(_sinkhorn_points_gradient, a, tiles.own, triton.cdiv(w.D, tiles.features))
             kernel(
-                *self.cost_arguments(own, other, blocks), through, DETACHED=self.detached,
+                *self.cost_arguments(own, other, blocks), through, OWN_IS_X=a is w.x, DETACHED=self.detached,
                 **w.tile(_sinkhorn_points_gradient),
             )  # fmt: skip
         kernel, blocks = w.by_blocks(_sinkhorn_finish_points, a, tiles.own)
@@ -256,7 +255,6 @@ def backward(
         unit = w.eps * math.log(2.0)
         w.factors = 1.0 / (scale * unit)
         torch.div(f, unit[:, None], out=w.x.potential)
-        torch.sub(w.x.potential, w.x.log_weights, out=w.x.shift)
         w.reduce(w.y, w.x, w.y.counts, w.factors)  # g once more from f: their rounding then cancels in P / b
         w.update(w.y, w.x, w.y.counts)
         if detached:
@@ -294,7 +292,11 @@ def specializations() -> Iterator[Specialization]:
     for kernel in kernels:
         last = {"LAST": False} if kernel is _sinkhorn_sweep else {}
         modes = {"DETACHED": False} if "DETACHED" in kernel.arg_names else {}
-        yield from over_tiles(kernel, types, **last, **modes)
+        if "OWN_IS_X" in kernel.arg_names:
+            yield from over_tiles(kernel, types, " x", OWN_IS_X=True, own_rest=None, **modes)
+            yield from over_tiles(kernel, types, " y", OWN_IS_X=False, other_rest=None, **modes)
+        else:
+            yield from over_tiles(kernel, types, **last, **modes)
     blocks = {"BLOCK": tiles.own, "DEPTH": tiles.depth}
     yield compiled(_sinkhorn_start_adjoint, str(tiles.own), types, {**blocks, "CHUNK": tiles.chunk})
     for cost in ("euclidean", "cosine"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .sinkhorn_tiles import LN2, SIZES, add_chunks, cost_tile, locate
+from .sinkhorn_tiles import LN2, SIZES, add_chunks, cost_tile, locate, log_ratio
 
 
 @triton.jit
@@ -29,10 +29,11 @@ def stored_shift(history, log_weights, problem, step, n_iters, size, i, valid, s
 def _sinkhorn_plan_sums(
     own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
     own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
-    factors, eps, own_potential, other_potential,
+    factors, eps, own_exponent, other_exponent, own_rest, other_rest,
     grad_plan,  # (B, N, M) or None
     grad_transport_cost,  # (B,) or None
     partial,  # (B, chunks, own_size)
+    OWN_IS_X: tl.constexpr,
     COST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """sum_j P_ij (grad_plan_ij + grad_transport_cost C_ij) over each chunk."""
@@ -45,7 +46,7 @@ def _sinkhorn_plan_sums(
         j = tl.arange(0, OTHER)
         valid_i = i < own_left
         factor = tl.load(factors + problem)
-        own_exponent = tl.load(own_potential + problem * own_size + start + i, mask=valid_i, other=0.0)
+        own_first = tl.load(own_exponent + problem * own_size + start + i, mask=valid_i, other=0.0)
         total = tl.zeros((OWN,), tl.float32)
         for step in tl.range(first, tl.minimum(first + CHUNK, others), OTHER, num_stages=1):
             at = problem * 0 + step
@@ -56,7 +57,12 @@ def _sinkhorn_plan_sums(
             )  # fmt: skip
             valid_j = j < others - at
             valid = valid_i[:, None] & valid_j[None, :]
-            exponent = tl.load(other_potential + problem * other_size + at + j, mask=valid_j, other=float("-inf"))
+            other_first = tl.load(other_exponent + problem * other_size + at + j, mask=valid_j, other=float("-inf"))
+            exponent = log_ratio(own_first, other_first, c, OWN_IS_X)
+            if OWN_IS_X:
+                exponent += tl.load(other_rest + problem * other_size + at + j, mask=valid_j, other=0.0)[None, :]
+            else:
+                exponent += tl.load(own_rest + problem * own_size + start + i, mask=valid_i, other=0.0)[:, None]
             gradient = tl.zeros((OWN, OTHER), tl.float32)
             if grad_transport_cost is not None:
                 unit = tl.load(eps + problem) * LN2
@@ -65,7 +71,7 @@ def _sinkhorn_plan_sums(
                 corner = grad_plan + problem * own_size * other_size + start * own_stride + at * other_stride
                 offsets = i[:, None] * own_stride + j[None, :] * other_stride
                 gradient += tl.load(corner + offsets, mask=valid, other=0.0)
-            weighted = gradient * tl.exp2((own_exponent[:, None] - c) + exponent[None, :])
+            weighted = gradient * tl.exp2(exponent)
             total += tl.sum(tl.where(valid, weighted, 0.0), 1)
         tl.store(partial + (problem * chunks + tl.program_id(1)) * own_size + start + i, total, mask=valid_i)
 
@@ -180,7 +186,7 @@ def _sinkhorn_sweep(
             other = stored_potential(
                 other_history + at, problem, step - 1, n_iters, other_size, j, valid_j, float("-inf")
             )
-            total += tl.sum(tl.exp2((own_shift[:, None] - c) + other[None, :]), 1)
+            total += tl.sum(tl.exp2((other[None, :] - c) + own_shift[:, None]), 1)
             if not LAST:
                 shift = stored_shift(
                     other_history + at, other_log_weights + at, problem, step, n_iters, other_size, j, valid_j, stretch,

@@ -138,19 +138,32 @@ def cost_tile(
 
 
 @triton.jit
-def combine(partial, size, chunks, valid):
-    """log2 of the sum over the chunks of 2^partial, for the points at which ``partial`` stands."""
+def log_ratio(own, other, c, OWN_IS_X: tl.constexpr):
+    """log2 P_ij / b_j as (f_i - c_ij) + shift_j, where `rest` of y is still to be added.
+
+    Whichever side is own, this is the order of the sums of the last update, whose shift is the largest f_i - c_ij: its
+    rounding, which may be more than the rest, cancels.
+    """
+    if OWN_IS_X:
+        return (own[:, None] - c) + other[None, :]
+    else:
+        return (other[None, :] - c) + own[:, None]
+
+
+@triton.jit
+def combine(partial, sums, size, chunks, valid):
+    """log2 of the sum over the chunks of sums 2^partial, as the largest exponent and what is to be added to it."""
     largest = tl.load(partial, mask=valid, other=0.0)
     total = tl.zeros_like(largest)
     at = partial
     for _ in range(1, chunks):
         at += size
         largest = tl.maximum(largest, tl.load(at, mask=valid, other=0.0))
-    at = partial
     for _ in range(chunks):
-        total += tl.exp2(tl.load(at, mask=valid, other=0.0) - largest)
-        at += size
-    return largest + tl.log2(total)
+        total += tl.load(sums, mask=valid, other=1.0) * tl.exp2(tl.load(partial, mask=valid, other=0.0) - largest)
+        partial += size
+        sums += size
+    return largest, tl.log2(total)
 
 
 @triton.jit
@@ -237,10 +250,11 @@ def _sinkhorn_reduce_costs(
     factors,  # (B,), from unscaled costs to units of eps ln 2; None for the largest cost
     running,  # (B,) or None: what does not run is left as it is
     potential,  # (B, other_size)
-    partial,  # (B, chunks, own_size)
+    partial,  # (B, chunks, own_size): the largest exponent potential_j - c_ij of each chunk of others
+    sums,  # (B, chunks, own_size): of the powers of two of all, relative to it
     COST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """log2 sum_j 2^(potential_j - c_ij) over each chunk of others; without ``factors`` the largest unscaled cost."""
+    """The log-sum-exps over others, in two parts; without ``factors`` the largest unscaled costs."""
     problem, start = locate(blocks, OWN)
     own_left = tl.load(own_counts + problem) - start
     others = tl.load(other_counts + problem)
@@ -273,22 +287,24 @@ def _sinkhorn_reduce_costs(
                 above = tl.maximum(largest, tl.max(shifted, 1))
                 total = total * tl.exp2(largest - above) + tl.sum(tl.exp2(shifted - above[:, None]), 1)
                 largest = above
+        own = (problem * chunks + tl.program_id(1)) * own_size + start
+        tl.store(partial + own + i, largest, mask=i < own_left)
         if factors is not None:
-            largest += tl.log2(total)
-        partial += (problem * chunks + tl.program_id(1)) * own_size + start
-        tl.store(partial + i, largest, mask=i < own_left)
+            tl.store(sums + own + i, total, mask=i < own_left)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _sinkhorn_update(
-    partial,  # (B, chunks, size)
+    partial,  # (B, chunks, size), as the following
+    sums,
     counts,
     other_counts,
     log_weights,
     eps,  # (B,)
     running,  # (B,)
     potential,  # (B, size)
-    shift,  # (B, size): potential - log weight, where the weight cancels
+    shift,  # (B, size): what of the potential comes from the largest exponent, without rounding if balanced
+    rest,  # (B, size): potential - log weight - shift
     history,  # (B, n_iters, size) or None: the potentials after each iteration, in units of C
     size,
     blocks,
@@ -307,11 +323,13 @@ def _sinkhorn_update(
         i = start + tl.arange(0, BLOCK)
         valid = i < count
         used = tl.cdiv(tl.load(other_counts + problem), CHUNK)
-        lse = combine(partial + problem * chunks * size + i, size, used, valid)
-        change = -lse / (1.0 + epsilon * inverse_rho)
-        value = tl.load(log_weights + problem * size + i, mask=valid, other=0.0) + change
+        first = problem * chunks * size + i
+        largest, more = combine(partial + first, sums + first, size, used, valid)
+        stretch = 1.0 + epsilon * inverse_rho
+        value = tl.load(log_weights + problem * size + i, mask=valid, other=0.0) - (largest + more) / stretch
         tl.store(potential + problem * size + i, value, mask=valid)
-        tl.store(shift + problem * size + i, change, mask=valid)
+        tl.store(shift + problem * size + i, -largest / stretch, mask=valid)
+        tl.store(rest + problem * size + i, -more / stretch, mask=valid)
         if history is not None:
             value = tl.where(valid, value * (epsilon * LN2), 0.0)
             tl.store(history + (problem * n_iters + step) * size + i, value, mask=i < size)
@@ -322,15 +340,18 @@ def _sinkhorn_project(
     own_points, other_points, own_rows, other_rows, own_norms, other_norms, cost_matrix, own_counts, other_counts,
     own_size, other_size, own_stride, other_stride, D, depths, blocks, chunks,
     factors,
-    own_potential,  # (B, own_size)
-    other_potential,  # (B, other_size)
+    own_exponent,  # (B, own_size), as of `log_ratio`
+    other_exponent,  # (B, other_size)
+    own_rest,  # (B, own_size) or None: what is to be added to it
+    other_rest,  # (B, other_size) or None
     values,  # (B, other_size, value_stride), of which D are taken
     value_stride,
     projected,  # (B, own_size, D)
     hadamard,  # (B, own_size, D) or None: own_points * projected
+    OWN_IS_X: tl.constexpr,
     COST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """projected_i = sum_j 2^(own_potential_i - c_ij + other_potential_j) values_j."""
+    """projected_i = sum_j 2^(log_ratio_ij + own_rest_i + other_rest_j) values_j."""
     problem, start = locate(blocks, OWN)
     own_left = tl.load(own_counts + problem) - start
     others = tl.where(own_left > 0, tl.load(other_counts + problem), 0)
@@ -339,7 +360,9 @@ def _sinkhorn_project(
     j = tl.arange(0, OTHER)
     d = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     own = problem * own_size + start
-    own_exponent = tl.load(own_potential + own + i, mask=i < own_left, other=float("-inf"))
+    own_first = tl.load(own_exponent + own + i, mask=i < own_left, other=float("-inf"))
+    if own_rest is not None:
+        own_more = tl.load(own_rest + own + i, mask=i < own_left, other=0.0)
     total = tl.zeros((OWN, FEATURES), tl.float32)
     for step in tl.range(0, others, OTHER, num_stages=1):  # prefetching would spill
         at = problem * 0 + step
@@ -350,8 +373,13 @@ def _sinkhorn_project(
         )  # fmt: skip
         valid_j = j < others - at
         other = problem * other_size + at
-        other_exponent = tl.load(other_potential + other + j, mask=valid_j, other=float("-inf"))
-        weight = tl.exp2((own_exponent[:, None] - c * factor) + other_exponent[None, :])
+        other_first = tl.load(other_exponent + other + j, mask=valid_j, other=float("-inf"))
+        exponent = log_ratio(own_first, other_first, c * factor, OWN_IS_X)
+        if other_rest is not None:
+            exponent += tl.load(other_rest + other + j, mask=valid_j, other=0.0)[None, :]
+        if own_rest is not None:
+            exponent += own_more[:, None]
+        weight = tl.exp2(exponent)
         mask = valid_j[:, None] & (d < D)[None, :]
         value = tl.load(values + other * value_stride + (j[:, None] * value_stride + d[None, :]), mask=mask, other=0.0)
         total = tl.dot(weight, value.to(tl.float32), total, input_precision=PRECISION)

@@ -46,13 +46,15 @@ class Side:
     """The points of one side and what is kept for each of them."""
 
     points: Tensor  # (B, size, D)
-    log_weights: Tensor  # (B, size), as the following two
+    log_weights: Tensor  # (B, size), as the following three
     potential: Tensor
     shift: Tensor
+    rest: Tensor
     rows: Tensor  # (B, size, padded features)
     norms: Tensor  # (B, size)
     counts: Tensor  # (B,)
-    partial: Tensor  # (B, chunks of the other side, size)
+    partial: Tensor  # (B, chunks of the other side, size), as the following
+    sums: Tensor
     stride: int  # of its points in cost_matrix
     inverse_rho: float
 
@@ -113,12 +115,13 @@ class Workspace:
 
     def _side(self, points: Tensor, others: int, stride: int, rho: float | None) -> Side:
         batch, size, _ = points.shape
-        log_weights, potential, shift, norms = self.eps.new_empty(4, batch, size)
+        log_weights, potential, shift, rest, norms = self.eps.new_empty(5, batch, size)
         rows = self.eps.new_empty(batch, size, self.depths * self.tiles.depth) if self.cost != MATRIX.value else points
-        partial = self.eps.new_empty(batch, triton.cdiv(others, self.tiles.chunk), size)
+        partial, sums = self.eps.new_empty(2, batch, triton.cdiv(others, self.tiles.chunk), size)
         counts = torch.empty_like(self.eps, dtype=torch.int32)
         inverse_rho = 0.0 if rho is None else 1.0 / rho
-        return Side(points, log_weights, potential, shift, rows, norms, counts, partial, stride, inverse_rho)
+        vectors = (log_weights, potential, shift, rest)
+        return Side(points, *vectors, rows, norms, counts, partial, sums, stride, inverse_rho)
 
     def _prepare(self, side: Side, weights: Tensor | None, lengths: Tensor | None, other_lengths, others: int) -> None:
         kernel, blocks = self.by_blocks(_sinkhorn_prepare, side, self.tiles.own)
@@ -155,32 +158,41 @@ class Workspace:
         return (self.x, self.y), (self.y, self.x)
 
     def reduce(self, own: Side, other: Side, running: Tensor | None, factors: Tensor | None) -> None:
-        """Into own.partial the log-sum-exps over the others; without factors the largest costs."""
+        """Into own.partial and own.sums the log-sum-exps over the others; without factors the largest costs."""
         kernel, blocks = self.by_blocks(_sinkhorn_reduce_costs, own, self.tiles.own, own.chunks)
         geometry = self.geometry(own, other, blocks)
         kernel(
-            *geometry, factors, running, other.potential, own.partial,
+            *geometry, factors, running, other.potential, own.partial, own.sums,
             **self.tile(_sinkhorn_reduce_costs),
         )  # fmt: skip
 
     def update(self, own: Side, other: Side, running: Tensor, history: Tensor | None = None, step: int = 0) -> None:
-        """The potentials of one side from own.partial."""
+        """The potentials of one side from own.partial and own.sums."""
+        n_iters = 0 if history is None else history.shape[1]
         kernel, blocks = self.by_blocks(_sinkhorn_update, own, self.tiles.vector)
         kernel(
-            own.partial, own.counts, other.counts, own.log_weights, self.eps, running, own.potential, own.shift,
-            history, own.size, blocks, own.chunks, 0 if history is None else history.shape[1], step, own.inverse_rho,
+            own.partial, own.sums, own.counts, other.counts, own.log_weights, self.eps, running, own.potential,
+            own.shift, own.rest, history, own.size, blocks, own.chunks, n_iters, step, own.inverse_rho,
             BLOCK=self.tiles.vector, CHUNK=self.tiles.chunk, **self.options,
         )  # fmt: skip
 
-    def project(self, own: Side, other: Side, own_exponent, other_exponent, values, projected, hadamard=None) -> None:
-        """projected_i = sum_j 2^(own_exponent_i - c_ij + other_exponent_j) values_j."""
+    def exponents(self, own: Side, over: Side | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Vectors that give log2 of P, or of P over the weights of a side: of own and of the other side as of
+        `log_ratio`, then what is to be added to it."""
+        x = (self.x.potential, -self.x.log_weights if over is self.x else None)
+        y = (self.y.shift, self.y.rest if over is self.y else self.y.rest + self.y.log_weights)
+        of_own, of_other = (x, y) if own is self.x else (y, x)
+        return of_own[0], of_other[0], of_own[1], of_other[1]
+
+    def project(self, own: Side, other: Side, over: Side, values, projected, hadamard=None) -> None:
+        """projected_i = sum_j P_ij values_j over the weights of a side."""
         kernel, blocks = self.by_blocks(
             _sinkhorn_project, own, self.tiles.own, triton.cdiv(self.D, self.tiles.features)
         )
         geometry = self.geometry(own, other, blocks)
         kernel(
-            *geometry, self.factors, own_exponent, other_exponent, values, values.shape[2], projected, hadamard,
-            **self.tile(_sinkhorn_project),
+            *geometry, self.factors, *self.exponents(own, over), values, values.shape[2], projected, hadamard,
+            OWN_IS_X=own is self.x, **self.tile(_sinkhorn_project),
         )  # fmt: skip
 
 
@@ -217,8 +229,8 @@ def specializations() -> Iterator[Specialization]:
     """What the launchers can ask for, with every optional argument."""
     tiles = Tiles()
     vectors = dict.fromkeys(
-        ("weights", "rows", "norms", "log_weights", "potential", "partial", "eps", "shift", "history", "factors",
-         "own_potential", "other_potential"), "*fp32",
+        ("weights", "rows", "norms", "log_weights", "potential", "partial", "sums", "eps", "shift", "rest", "history",
+         "factors", "own_exponent", "other_exponent", "own_rest", "other_rest"), "*fp32",
     )  # fmt: skip
     integers = dict.fromkeys(("lengths", "other_lengths", "counts", "other_counts", "running"), "*i32")
     types = {**vectors, **integers, "inverse_rho": "fp32"}
@@ -228,5 +240,7 @@ def specializations() -> Iterator[Specialization]:
         yield compiled(_sinkhorn_prepare, f"{tiles.own} {dtype} {cost}", types | points, constants)
     yield from over_tiles(_sinkhorn_reduce_costs, types)
     yield from over_tiles(_sinkhorn_reduce_costs, types, " largest", factors=None, running=None)
-    yield from over_tiles(_sinkhorn_project, types | dict.fromkeys(("values", "projected", "hadamard"), "*input"))
+    values = types | dict.fromkeys(("values", "projected", "hadamard"), "*input")
+    for own in "xy":
+        yield from over_tiles(_sinkhorn_project, values, f" {own}", OWN_IS_X=own == "x")
     yield compiled(_sinkhorn_update, str(tiles.vector), types, {"BLOCK": tiles.vector, "CHUNK": tiles.chunk})
