@@ -64,6 +64,8 @@ def cost_gradient_tile(
         if not DETACHED:
             through -= direct * c * unit
     if not DETACHED:
+        own_log_weights += start
+        other_log_weights += at
         own_first = own_at * (depths * DEPTH)
         other_first = other_at * (depths * DEPTH)
         if grad_plan is not None:
@@ -75,18 +77,16 @@ def cost_gradient_tile(
             products = product_tile(
                 own_gradient + own_first, other_wide + other_first, own_left, other_left, depths, OWN, OTHER, DEPTH
             )
-            log_weight = tl.load(own_log_weights + own_at + i, mask=valid_i, other=0.0)
+            log_weight = tl.load(own_log_weights + (problem * own_size + i), mask=valid_i, other=0.0)
             through -= products * tl.exp2(exponent - log_weight[:, None])
         if other_gradient is not None:
             products = product_tile(
                 own_wide + own_first, other_gradient + other_first, own_left, other_left, depths, OWN, OTHER, DEPTH
             )
-            log_weight = tl.load(other_log_weights + other_at + j, mask=valid_j, other=0.0)
+            log_weight = tl.load(other_log_weights + (problem * other_size + j), mask=valid_j, other=0.0)
             through -= products * tl.exp2(exponent - log_weight[None, :])
         own_history += start
         other_history += at
-        own_log_weights += start
-        other_log_weights += at
         own_weights += start
         other_weights += at
         own_stretch = 1.0 + epsilon * own_inverse_rho

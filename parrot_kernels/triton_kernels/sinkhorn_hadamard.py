@@ -192,8 +192,8 @@ def _sinkhorn_hadamard_forward(
     tl.store(f + problem * N + i, f_now * unit, mask=i < N)
     tl.store(g + problem * M + j, g_now * unit, mask=j < M)
 
-    # P / b, where the rounding of s cancels but for that of its logarithm, which the sums have. They are one if y is
-    # balanced.
+    # P / b, in the order in which the rounding of f - c cancels. If y is balanced, that of s is all by which its sums
+    # differ from one, and is divided out.
     to_y = tl.exp2((spread(f_now, True) - c) - spread(damp_y * s, False))
     sums = tl.where(valid_j & (inverse_rho_y == 0.0), sum_tile(to_y, False), 1.0)
     on_y = problem * M * ROW

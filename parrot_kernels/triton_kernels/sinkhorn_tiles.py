@@ -141,8 +141,8 @@ def cost_tile(
 def log_ratio(own, other, c, OWN_IS_X: tl.constexpr):
     """log2 P_ij / b_j as (f_i - c_ij) + shift_j, where `rest` of y is still to be added.
 
-    Whichever side is own, this is the order of the sums of the last update, whose shift is the largest f_i - c_ij: its
-    rounding, which may be more than the rest, cancels.
+    Whichever side is own, this is the order of the last update's sums, whose largest exponent f_i - c_ij is -shift_j:
+    so the rounding of f - c cancels, which where costs are thousands of eps is more than rest.
     """
     if OWN_IS_X:
         return (own[:, None] - c) + other[None, :]
