@@ -52,6 +52,17 @@ def test_any_eps(eps, reach):
     assert_matches(given, max(1.0, 0.2 / eps), kernels="triton", needed=GRADIENTS[: None if eps > 1e-4 else -1])
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@interpreted
+def test_rounding_beyond_the_range_of_exponents(n):
+    """Where costs are 1e9 eps, they, the offsets and the potentials are rounded to hundreds."""
+    generator = torch.Generator().manual_seed(3)
+    given = {side: torch.randn(2, size, 17, generator=generator) for side, size in (("x", n), ("y", 16))}
+    arguments = launch_arguments(**given, cost="sqeuclidean", cost_scale=0.7, eps=1e-8, n_iters=3)
+    for name, value in run("triton", arguments, cotangents(arguments)).items():
+        assert torch.isfinite(value).all(), name
+
+
 @interpreted
 def test_half_steps_with_a_kernel_matrix_each():
     """What weights near zero on both sides ask for, here of every problem."""
