@@ -206,7 +206,7 @@ def _sinkhorn_hadamard_forward(
         store_vector(y_hadamard, at_j, y_d * moved, j < M)
         store_vector(y_copy, at_j, y_d, j < M)
 
-    log_b -= tl.log2(sums)
+    log_b = log2_weights(b, j, valid_j, m) - tl.log2(sums)  # read again, not held in registers above
     f_now += nothing  # see log_sum_exp
     probability = tl.exp2(((spread(f_now, True) - c) - spread(damp_y * s, False)) + spread(log_b, False))
     spent = probability * tl.where(valid, c, 0.0)
@@ -215,6 +215,7 @@ def _sinkhorn_hadamard_forward(
         store_tile(plan + problem * N * M, probability, i, j, N, M)
 
     f_now += nothing
+    log_a = log2_weights(a, i, valid_i, n)
     to_x = (spread(f_now, True) - c) - spread(damp_y * s, False)
     to_x = tl.exp2((to_x + spread(log_b, False)) - spread(log_a, True))
     on_x = problem * N * ROW
